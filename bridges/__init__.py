@@ -1,0 +1,1 @@
+"""Set up below as the package grows."""

@@ -1,0 +1,120 @@
+"""Twins: module objects that share every weight with an original, with some of their parts replaced.
+
+A twin of a module is a new object with the same class, the same parameters and buffers and the
+same children, except those that are named. Running a twin runs the family's own code; building
+one changes nothing on the original: no hook, no attribute, no copied weight.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+# What a wrapper may have put on the instance: a twin runs the code of its class.
+_WRAPPED = ("forward", "__nnsight__", "_hf_hook", "_old_forward", "_compiled_call_impl")
+
+
+def twin(module: nn.Module, cls: type | None = None, **children: nn.Module) -> nn.Module:
+    """Return a twin of `module`: the same weights, with the named direct children replaced.
+
+    Hooks of the original do not fire on the twin. Plain attributes (`training` among them) are
+    those of the moment; parameters and buffers stay shared when the original moves or loads.
+    """
+    t = object.__new__(cls or type(module))
+    t.__dict__.update({k: v for k, v in module.__dict__.items() if k not in _WRAPPED})
+    for name, value in module.__dict__.items():
+        if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")):
+            t.__dict__[name] = type(value)()
+    t.__dict__["_modules"] = {**module._modules, **children}
+    return t
+
+
+def replaced(root: nn.Module, parts: Mapping[str, nn.Module]) -> nn.Module:
+    """Return a twin of `root` whose submodule at each dotted path is the one given."""
+    children: dict[str, nn.Module] = {}
+    below: dict[str, dict[str, nn.Module]] = {}
+    for path, part in parts.items():
+        head, _, rest = path.partition(".")
+        if rest:
+            below.setdefault(head, {})[rest] = part
+        else:
+            children[head] = part
+    for head, deeper in below.items():
+        children[head] = replaced(root.get_submodule(head), deeper)
+    return twin(root, **children)
+
+
+def deep_twin(root: nn.Module) -> nn.Module:
+    """Return a twin of `root` and of everything below it; a module met twice has one twin.
+
+    Whoever wraps or hooks the result, wherever in the tree, leaves the original alone.
+    """
+    twins: dict[int, nn.Module] = {}
+
+    def visit(module: nn.Module) -> nn.Module:
+        if id(module) not in twins:
+            t = twins[id(module)] = twin(module)
+            for name, child in module._modules.items():
+                t._modules[name] = None if child is None else visit(child)
+        return twins[id(module)]
+
+    return visit(root)
+
+
+def forwarding(module: nn.Module, forward: Callable[..., Any]) -> nn.Module:
+    """Return a twin of `module` that answers calls with `forward`; its attributes stay readable."""
+    t = twin(module)
+    t.__dict__["forward"] = forward
+    return t
+
+
+def first(output: Any) -> Any:
+    """Return the hidden states of a block or sublayer that answers with a tensor or a tuple."""
+    return output[0] if isinstance(output, (tuple, list)) else output
+
+
+def with_first(output: Any, h: Tensor) -> Any:
+    """Return `output` with its hidden states replaced by `h`."""
+    return (h, *output[1:]) if isinstance(output, (tuple, list)) else h
+
+
+def take_hidden(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, tuple, dict[str, Any]]:
+    """Return the hidden states of a call and what else was passed."""
+    if args:
+        return args[0], args[1:], kwargs
+    return kwargs["hidden_states"], (), {k: v for k, v in kwargs.items() if k != "hidden_states"}
+
+
+class Silent(nn.Module):
+    """Stands in for a child and adds nothing to the residual stream.
+
+    It answers with zeros of the child's `width`; or, if `through` names an argument, with that
+    argument: some families hand the residual to the sublayer, which adds to it by itself.
+    A child that answered with a tuple of `arity` gets the rest of it filled with None.
+    """
+
+    def __init__(self, width: int, arity: int, through: int | str | None = None) -> None:
+        super().__init__()
+        self.width, self.arity, self.through = width, arity, through
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(self.through, int):
+            out = args[self.through]
+        elif self.through is not None:
+            out = kwargs[self.through]
+        else:
+            x = args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor))
+            out = x.new_zeros(*x.shape[:-1], self.width)
+        return (out, *[None] * (self.arity - 1)) if self.arity else out
+
+
+class Blank(nn.Module):
+    """Stands in for a token embedding whose output nobody reads: zeros of its shape."""
+
+    def __init__(self, like: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["like"] = like  # beside the tree: shared, not owned
+
+    def forward(self, ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        weight = self.like.weight
+        return weight.new_zeros(*ids.shape, weight.shape[-1])

@@ -99,7 +99,7 @@ SUITE = {
     ),
     "bracket_counting": Recipe(
         meaning="a nested list needs two closing brackets, a flat one needs one",
-        targets=(("]\n", "]]\n"), ("]", "]]")),
+        targets=(("]\n", "]]\n"), ("]", "]]"), ("]\n", "]")),
         contexts=brackets,
     ),
     "while_return_true": Recipe(

@@ -18,8 +18,8 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-from dense.sites import Layout, SiteError, probe
-from dense.twin import Blank, first, forwarding, replaced, take_hidden, with_first
+from dense.sites import Layout, SiteError, probe, probe_ids, prove
+from dense.twin import Blank, answer, first, forwarding, replaced, take_hidden
 
 _SHAPING = (  # config fields that, with the weights, decide the function; absent ones count as None
     "model_type vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads "
@@ -48,7 +48,8 @@ class DenseModel:
         self.name = name or getattr(model.config, "_name_or_path", "") or self.model_type
         self.layout: Layout = probe(model)
         self._forward_takes = set(inspect.signature(type(model).forward).parameters)
-        self._passing = [forwarding(b, lambda h, *_, **__: h) for b in self.layout.blocks]
+        self._passing = [forwarding(b, self._pass) for b in self.layout.blocks]
+        prove(self.model, self.layout, self.residuals(probe_ids(self.model)), self.resume)
 
     # what it is
 
@@ -174,7 +175,7 @@ class DenseModel:
         def inject(*args: Any, **kwargs: Any) -> Any:
             _, args, kwargs = take_hidden(args, kwargs)
             if last:
-                return h
+                return answer(h, self.layout.arity)
             block = self.layout.halves[k][1] if mid else self.layout.blocks[k]
             return block(h, *args, **kwargs)
 
@@ -215,6 +216,10 @@ class DenseModel:
             kwargs["logits_to_keep"] = 1
         logits = replaced(self.model, parts)(**kwargs).logits
         return stream, logits
+
+    def _pass(self, *args: Any, **kwargs: Any) -> Any:
+        """Stand in for a block that is not run."""
+        return answer(take_hidden(args, kwargs)[0], self.layout.arity)
 
     def _recording(self, k: int, stream: list[Tensor]) -> nn.Module:
         """Return a twin of block `k` that appends to `stream` the residual at its sites."""
@@ -279,7 +284,7 @@ class DenseModel:
             )
 
 
-def refuse_unsuitable(model: nn.Module) -> None:
+def refuse_unsuitable(model: Any) -> None:
     """Raise SiteError for models that no probe could bridge."""
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "get_text_config"):

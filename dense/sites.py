@@ -10,15 +10,16 @@ Blocks whose sublayers read the same stream (parallel) or which normalise the st
 (post-norm) have no such point: such a model has the L+1 sites between its blocks.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import permutations
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from dense.twin import Silent, first, take_hidden, twin
+from dense.twin import Silent, answer, arity, first, take_hidden, twin
 
 # Names only seed the search; every pair of children is tried after them.
 _ATTENTION = ("self_attn", "attn", "self_attention", "attention", "linear_attn", "mixer")
@@ -45,6 +46,8 @@ class Layout:
     """How a block combines its two sublayers."""
     d_resid: int
     """Width of the residual stream."""
+    arity: int
+    """Length of the tuple that a block returns, 0 for a bare tensor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,17 +58,13 @@ class _Seen:
     kwargs: dict[str, Any]
     out: Any
 
-    @property
-    def arity(self) -> int:
-        return len(self.out) if isinstance(self.out, (tuple, list)) else 0
-
     def silences(self) -> Iterator[Silent]:
         """The ways of silencing this child: write zeros, or hand through a like-shaped argument."""
         out = first(self.out)
-        yield Silent(out.shape[-1], self.arity)
+        yield Silent(out.shape[-1], arity(self.out))
         for key, value in [*list(enumerate(self.args))[1:], *self.kwargs.items()]:
             if isinstance(value, Tensor) and (value.shape, value.dtype) == (out.shape, out.dtype):
-                yield Silent(out.shape[-1], self.arity, through=key)
+                yield Silent(out.shape[-1], arity(self.out), through=key)
 
 
 def perturbation(h: Tensor, seed: int = 0) -> Tensor:
@@ -74,15 +73,15 @@ def perturbation(h: Tensor, seed: int = 0) -> Tensor:
     return noise.to(h) * h.float().square().mean().sqrt().to(h.dtype)
 
 
-def probe_ids(model: nn.Module) -> Tensor:
+def probe_ids(model: Any) -> Tensor:
     """Return the two short random sequences on which a model is probed."""
-    embedding: Any = model.get_input_embeddings()
+    embedding = model.get_input_embeddings()
     g = torch.Generator().manual_seed(0)
     ids = torch.randint(0, embedding.weight.shape[0], (2, 6), generator=g)
     return ids.to(embedding.weight.device)
 
 
-def find_blocks(model: nn.Module) -> tuple[str, tuple[nn.Module, ...]]:
+def find_blocks(model: Any) -> tuple[str, tuple[nn.Module, ...]]:
     """Return path and members of the shallowest ModuleList as long as the model is deep."""
     n_layers = model.config.get_text_config().num_hidden_layers
     lists = [(p, m) for p, m in model.named_modules() if isinstance(m, nn.ModuleList)]
@@ -127,10 +126,11 @@ def probe(model: nn.Module) -> Layout:
         halves=tuple(halves for _, halves in splits if halves is not None),
         composition=kinds.pop(),
         d_resid=first(calls[0].out).shape[-1],
+        arity=arity(calls[0].out),
     )
 
 
-def _kind(model: nn.Module) -> str:
+def _kind(model: Any) -> str:
     return str(model.config.model_type)
 
 
@@ -205,11 +205,11 @@ def _split(
     for a, m in _pairs(children, run.h.shape[-1]):
         for silent_a in children[a].silences():
             for silent_m in children[m].silences():
-                rest = twin(block, **{a: silent_a, m: silent_m})
+                rest = twin(block, {a: silent_a, m: silent_m})
                 if not torch.equal(run(rest), run.h):
                     rescaled |= run.gap(run(rest, 2 * run.h), run(rest)) <= 1e-2
                     continue
-                attn, mlp = twin(block, **{m: silent_m}), twin(block, **{a: silent_a})
+                attn, mlp = twin(block, {m: silent_m}), twin(block, {a: silent_a})
                 sequential = run.gap(run(mlp, run(attn)), full)
                 parallel = run.gap(run(attn) + run(mlp) - run.h, full)
                 if sequential <= tolerance and not parallel < sequential:
@@ -235,7 +235,96 @@ def _trimmed(
     want = run(half, h)
     for name, seen in children.items():
         if name not in kept and isinstance(first(seen.out), Tensor):
-            idle = twin(half, **{name: Silent(first(seen.out).shape[-1], seen.arity)})
+            idle = twin(half, {name: Silent(first(seen.out).shape[-1], arity(seen.out))})
             if torch.equal(run(idle, h), want):
                 half = idle
     return half
+
+
+@torch.no_grad()
+def prove(
+    model: Any,
+    layout: Layout,
+    stream: list[Tensor],
+    resume: Callable[[int, Tensor, Tensor], Tensor],
+) -> None:
+    """Raise SiteError unless resuming from a perturbed residual is what the model itself does.
+
+    `stream` is the clean residual at every site for `probe_ids`. At each site, the logits of
+    `resume` are compared with those of the original model in which the very tensor at the site is
+    replaced (`substituted`, which knows nothing of twins). The residual must be perturbed: a
+    stale cache, for one, reproduces the clean run and nothing else. The error is relative to the
+    effect of the perturbation on the logits.
+    """
+    ids = probe_ids(model)
+    clean = model(input_ids=ids, use_cache=False).logits
+    allowed = 1e-3 if clean.dtype == torch.float32 else 5e-2
+    for site, h in enumerate(stream):
+        moved = h + perturbation(h, 1000 + site)
+        want = substituted(model, layout, site, h, moved, ids)
+        got = resume(site, moved, ids)
+        error = ((got - want).norm() / (want - clean).norm()).item()
+        if not error <= allowed:  # NaN fails too
+            raise SiteError(
+                f"{_kind(model)}: resuming from a perturbed residual at site {site} of "
+                f"0..{len(stream) - 1} is off by {error:.1e} of the perturbation's effect, "
+                f"allowed {allowed:.0e} ({layout.composition} blocks at {layout.path!r})"
+            )
+
+
+class _Substitute(TorchFunctionMode):
+    """While active, replaces the first result of any operation that equals `old` by `new`."""
+
+    def __init__(self, old: Tensor, new: Tensor) -> None:
+        super().__init__()
+        self.old, self.new, self.active, self.done = old, new, False, False
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if self.active and isinstance(out, Tensor) and out.numel() == self.old.numel():
+            self.active = False  # the comparison below must not come back here
+            self.done = torch.equal(out.reshape(self.old.shape), self.old)
+            self.active = not self.done
+            return self.new.reshape(out.shape) if self.done else out
+        return out
+
+
+def substituted(
+    model: Any, layout: Layout, site: int, old: Tensor, new: Tensor, ids: Tensor
+) -> Tensor:
+    """Return the original model's logits with the residual at `site` replaced, without twins.
+
+    Between blocks a hook replaces what enters or leaves the block. Inside one, the operation of
+    the family's code whose result is `old` bit for bit returns `new` to everyone who reads it.
+    """
+    mids = bool(layout.halves)
+    k, mid = divmod(site, 2) if mids else (site, 0)
+    swap = _Substitute(old, new)
+    if mid:
+        begin = layout.blocks[k].register_forward_pre_hook(lambda *_: setattr(swap, "active", True))
+        end = layout.blocks[k].register_forward_hook(lambda *_: setattr(swap, "active", False))
+        handles = [begin, end]
+    elif k < len(layout.blocks):
+
+        def enter(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple:
+            _, args, kwargs = take_hidden(args, kwargs)
+            return (new, *args), kwargs
+
+        handles = [layout.blocks[k].register_forward_pre_hook(enter, with_kwargs=True)]
+    else:
+        leave = layout.blocks[-1].register_forward_hook(lambda *_: answer(new, layout.arity))
+        handles = [leave]
+    try:
+        with swap:
+            logits = model(input_ids=ids, use_cache=False).logits
+    finally:
+        for handle in handles:
+            handle.remove()
+    if mid and not swap.done:
+        raise SiteError(
+            f"{_kind(model)}: no operation of block {k} computes the residual found between its "
+            f"attention and its MLP (site {site}), so that site cannot be proven"
+        )
+    return logits

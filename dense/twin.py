@@ -1,4 +1,4 @@
-"""Twins: module objects that share every weight with an original, with some of their parts replaced.
+"""Twins: module objects that share every weight with an original and replace some of its parts.
 
 A twin of a module is a new object with the same class, the same parameters and buffers and the
 same children, except those that are named. Running a twin runs the family's own code; building
@@ -6,6 +6,7 @@ one changes nothing on the original: no hook, no attribute, no copied weight.
 """
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,7 +15,11 @@ from torch import Tensor, nn
 _WRAPPED = ("forward", "__nnsight__", "_hf_hook", "_old_forward", "_compiled_call_impl")
 
 
-def twin(module: nn.Module, cls: type | None = None, **children: nn.Module) -> nn.Module:
+def twin(
+    module: nn.Module,
+    children: Mapping[str, nn.Module] = MappingProxyType({}),
+    cls: type[nn.Module] | None = None,
+) -> nn.Module:
     """Return a twin of `module`: the same weights, with the named direct children replaced.
 
     Hooks of the original do not fire on the twin. Plain attributes (`training` among them) are
@@ -41,7 +46,7 @@ def replaced(root: nn.Module, parts: Mapping[str, nn.Module]) -> nn.Module:
             children[head] = part
     for head, deeper in below.items():
         children[head] = replaced(root.get_submodule(head), deeper)
-    return twin(root, **children)
+    return twin(root, children)
 
 
 def deep_twin(root: nn.Module) -> nn.Module:
@@ -73,9 +78,14 @@ def first(output: Any) -> Any:
     return output[0] if isinstance(output, (tuple, list)) else output
 
 
-def with_first(output: Any, h: Tensor) -> Any:
-    """Return `output` with its hidden states replaced by `h`."""
-    return (h, *output[1:]) if isinstance(output, (tuple, list)) else h
+def arity(output: Any) -> int:
+    """Return how many values a tuple output has, 0 for a bare tensor."""
+    return len(output) if isinstance(output, (tuple, list)) else 0
+
+
+def answer(h: Tensor, arity: int) -> Any:
+    """Return `h` as a module of that output arity would: alone, or leading a tuple of None."""
+    return (h, *[None] * (arity - 1)) if arity else h
 
 
 def take_hidden(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, tuple, dict[str, Any]]:
@@ -105,16 +115,18 @@ class Silent(nn.Module):
         else:
             x = args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor))
             out = x.new_zeros(*x.shape[:-1], self.width)
-        return (out, *[None] * (self.arity - 1)) if self.arity else out
+        return answer(out, self.arity)
 
 
 class Blank(nn.Module):
     """Stands in for a token embedding whose output nobody reads: zeros of its shape."""
+
+    like: nn.Module
 
     def __init__(self, like: nn.Module) -> None:
         super().__init__()
         self.__dict__["like"] = like  # beside the tree: shared, not owned
 
     def forward(self, ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        weight = self.like.weight
+        weight: Any = self.like.weight
         return weight.new_zeros(*ids.shape, weight.shape[-1])

@@ -1,0 +1,229 @@
+"""How many weights survive at each step, and which: the schedule and the exact projection."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import floor as round_down
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from .activation import BITS
+from .blocks import MLP, Attention
+from .model import SparseGPT
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Anneal:
+    """The sparsity schedule: a pure function of the optimizer step (method.md 2.2)."""
+
+    target: float
+    """Fraction of weights kept once annealed, in (0, 1]."""
+    start: int
+    """Optimizer step at which annealing begins; before it every weight is kept."""
+    end: int
+    """First optimizer step at the target."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.target <= 1:
+            raise ValueError(f"Anneal.target={self.target} must be in (0, 1]")
+        if not 0 <= self.start < self.end:
+            raise ValueError(f"Anneal needs 0 <= start < end, got {self.start}, {self.end}")
+
+    def keep(self, step: int) -> float:
+        """p(t) = 1 + u (target - 1)  with  u = (t - start) / (end - start) clipped to [0, 1]."""
+        u = min(max((step - self.start) / (self.end - self.start), 0.0), 1.0)
+        return self.target if u == 1.0 else 1.0 + u * (self.target - 1.0)
+
+    def lr_scale(self, step: int) -> float:
+        """The sharkfin factor sqrt(target / p(t)): 1 once annealed, smaller before (2.3)."""
+        return (self.target / self.keep(step)) ** 0.5
+
+
+@torch.no_grad()
+def project_(weight: Float[Tensor, "out in"], keep: int, floor: int = 0, dim: int = 0) -> None:
+    """Zero all but `keep` entries of `weight` in place, largest magnitudes first.
+
+    Each row (`dim=0`) or column (`dim=1`) is first granted its own `floor` largest entries, so no
+    neuron dies; the rest of the budget goes to the largest of what remains. Exactly `keep` entries
+    are chosen; ties go to the lowest index (method.md 2.4). A chosen zero stays zero.
+    """
+    if dim not in (0, 1):
+        raise ValueError(f"project_: dim={dim} must be 0 (protect rows) or 1 (protect columns)")
+    n_slices, width = weight.shape if dim == 0 else weight.shape[::-1]
+    if not (0 <= floor <= width and n_slices * floor <= keep <= weight.numel()):
+        raise ValueError(
+            f"project_: cannot keep {keep} of a {weight.shape[0]}x{weight.shape[1]} matrix with "
+            f"{floor} per {'row' if dim == 0 else 'column'}; keep must be in "
+            f"{n_slices * floor}..{weight.numel()}; raise the density or lower the floor"
+        )
+    on_cpu = weight.device.type == "cpu"
+    chosen = (chosen_cpu if on_cpu else chosen_reference)(weight, keep, floor, dim)
+    weight.masked_fill_(~chosen, 0.0)
+
+
+def chosen_reference(
+    weight: Float[Tensor, "out in"], keep: int, floor: int, dim: int
+) -> Bool[Tensor, "out in"]:
+    """Mark the entries that `project_` keeps: the definition, by two stable sorts."""
+    score = weight.abs()
+    if floor:
+        across = 1 - dim
+        order = score.argsort(dim=across, descending=True, stable=True)
+        score = score.scatter(across, order.narrow(across, 0, floor), torch.inf)
+    best = score.flatten().argsort(descending=True, stable=True)[:keep]
+    chosen = torch.zeros(weight.numel(), dtype=torch.bool, device=weight.device)
+    return chosen.index_fill(0, best, True).view(weight.shape)
+
+
+def chosen_cpu(
+    weight: Float[Tensor, "out in"], keep: int, floor: int, dim: int
+) -> Bool[Tensor, "out in"]:
+    """Mark the same entries by numpy's partition on the bits of |weight|.
+
+    If the plain global choice already gives every slice its floor, it is the answer; only
+    otherwise are the protected entries found slice by slice.
+    """
+    as_int, drop_sign = BITS[weight.dtype]
+    bits = weight.detach().contiguous().view(as_int).numpy()
+    a = np.bitwise_and(bits, bits.dtype.type(drop_sign))
+    chosen = _largest(a, keep)
+    if floor and np.count_nonzero(chosen, axis=1 - dim).min() < floor:
+        protected = _largest_per_row(a if dim == 0 else np.ascontiguousarray(a.T), floor)
+        protected = protected if dim == 0 else protected.T
+        rest = keep - int(np.count_nonzero(protected))
+        chosen = protected | _largest(np.where(protected, bits.dtype.type(-1), a), rest)
+    return torch.from_numpy(np.ascontiguousarray(chosen))
+
+
+def _largest(a: np.ndarray, keep: int) -> np.ndarray:
+    """Mark the `keep` largest entries of `a`, ties by lowest flat index."""
+    if keep == 0:
+        return np.zeros(a.shape, dtype=bool)
+    flat = a.ravel()
+    t = np.partition(flat, flat.size - keep)[flat.size - keep]
+    chosen = flat >= t
+    excess = np.count_nonzero(chosen) - keep
+    if excess:
+        chosen[np.flatnonzero(flat == t)[-excess:]] = False
+    return chosen.reshape(a.shape)
+
+
+def _largest_per_row(a: np.ndarray, keep: int) -> np.ndarray:
+    """Mark the `keep` largest entries of every row of `a`, ties by lowest index."""
+    width = a.shape[1]
+    t = np.partition(a, width - keep, axis=1)[:, width - keep, None]
+    chosen = a >= t
+    rows = np.flatnonzero(np.count_nonzero(chosen, axis=1) != keep)
+    above, tied = a[rows] > t[rows], a[rows] == t[rows]
+    places = keep - np.count_nonzero(above, axis=1)[:, None]
+    chosen[rows] = above | (tied & (np.cumsum(tied, axis=1) <= places))
+    return chosen
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SparsityConfig:
+    """How sparse the weights become and when. Fractions are of entries; times are of all steps."""
+
+    density: float = 1 / 16
+    """Final fraction kept in W_qkv, W_o, W_fc, W_proj and the position table, in (0, 1]."""
+    embedding_density: float = 1 / 4
+    """Final fraction kept in the embedding, the unembedding and (if sparse) the biases, in (0, 1];
+    the authors make it denser than the matrices by the expansion factor (method.md 2.2)."""
+    floor: int = 4
+    """Entries every row of W_qkv, W_fc and every column of W_o, W_proj keeps, inside the budget."""
+    sparse_biases: bool = True
+    """Whether biases are projected (the paper does, the authors' script does not)."""
+    anneal_start: float = 0.01
+    """Share of the steps before annealing starts, in [0, 1)."""
+    anneal_end: float = 0.5
+    """Share of the steps after which the target density is held, in (anneal_start, 1]."""
+    embedding_anneal: Literal["linked", "late"] = "linked"
+    """"linked": in step with the matrices. "late": dense until the matrices' density has fallen to
+    density / embedding_density, the paper's "schedule bug" (method.md 2.2)."""
+
+    def __post_init__(self) -> None:
+        for name in ("density", "embedding_density"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"SparsityConfig.{name}={getattr(self, name)} must be in (0, 1]")
+        if not 0 <= self.anneal_start < self.anneal_end <= 1:
+            times = (self.anneal_start, self.anneal_end)
+            raise ValueError(
+                f"SparsityConfig needs 0 <= anneal_start < anneal_end <= 1, got {times}"
+            )
+        if self.floor < 0:
+            raise ValueError(f"SparsityConfig.floor={self.floor} must be at least 0")
+
+    def anneal(self, steps: int) -> Anneal:
+        """Return the schedule of the matrices for a run of `steps` optimizer steps."""
+        start, end = round_down(self.anneal_start * steps), round_down(self.anneal_end * steps)
+        return Anneal(target=self.density, start=start, end=max(end, start + 1))
+
+    def densities(self, step: int, steps: int) -> tuple[float, float]:
+        """Return the fractions of matrices and of embeddings kept at `step` of `steps`."""
+        rho = self.anneal(steps).keep(step)
+        final = self.embedding_density
+        if self.embedding_anneal == "late":
+            return rho, min(1.0, rho * final / self.density)
+        share = (rho - self.density) / (1 - self.density) if self.density < 1 else 0.0
+        return rho, final + share * (1 - final)
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """One projected tensor."""
+
+    name: str
+    weight: nn.Parameter
+    is_embedding: bool
+    """Whether it follows the embeddings' density."""
+    floor: int
+    dim: int
+
+    def keep(self, densities: tuple[float, float]) -> int:
+        """Return the number of entries it keeps, floor(density * numel)."""
+        return round_down(densities[self.is_embedding] * self.weight.numel())
+
+
+def budgets(model: SparseGPT, config: SparsityConfig) -> list[Budget]:
+    """Return every tensor that is projected; norms, sinks and the bigram table are not."""
+    plan: dict[int, tuple[bool, int, int]] = {}  # by id: follows the embeddings, floor, dim
+    for module in model.modules():
+        if isinstance(module, Attention):
+            plan[id(module.qkv.weight)] = (False, config.floor, 0)
+            plan[id(module.out.weight)] = (False, config.floor, 1)
+        elif isinstance(module, MLP):
+            plan[id(module.fc.weight)] = (False, config.floor, 0)
+            plan[id(module.proj.weight)] = (False, config.floor, 1)
+    plan[id(model.model.wte.weight)] = plan[id(model.lm_head.weight)] = (True, 0, 0)
+    if model.model.wpe is not None:
+        plan[id(model.model.wpe.weight)] = (False, 0, 0)
+    if config.sparse_biases:
+        plan |= {id(p): (True, 0, 0) for n, p in model.named_parameters() if n.endswith(".bias")}
+    named = ((name, p) for name, p in model.named_parameters() if id(p) in plan)
+    return [Budget(name, p, *plan[id(p)]) for name, p in named]
+
+
+def project_model_(plan: list[Budget], densities: tuple[float, float]) -> None:
+    """Project every tensor of `plan` to its budget at these densities."""
+    for budget in plan:
+        weight = budget.weight.data
+        matrix = weight if weight.ndim == 2 else weight.view(1, -1)
+        keep = budget.keep(densities)
+        if keep < matrix.numel():
+            project_(matrix, keep, budget.floor, budget.dim)
+
+
+def check_budgets(plan: list[Budget], densities: tuple[float, float]) -> None:
+    """Raise unless every tensor's final budget holds its floor."""
+    for b in plan:
+        n_slices = b.weight.shape[b.dim] if b.floor else 0
+        if b.keep(densities) < n_slices * b.floor:
+            raise ValueError(
+                f"{b.name}: a budget of {b.keep(densities)} of {b.weight.numel()} entries is below "
+                f"the floor of {b.floor} for each of {n_slices} neurons; raise the density to at "
+                f"least {n_slices * b.floor / b.weight.numel():.5f} or lower the floor"
+            )

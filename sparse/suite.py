@@ -58,23 +58,27 @@ def quotes(split: int) -> list[Contexts]:
 
 
 def brackets(split: int) -> list[Contexts]:
-    """A list of numbers, flat and nested, that is still open.
+    """A list of numbers that is still open, one bracket deep and two.
 
-    Whether `], [` is as long as `, ` differs between tokenizers, so each name comes in two forms:
-    with as many numbers in both contexts, and with one more in the flat one and two inner breaks.
+    Which forms are equally long differs between tokenizers, so three are offered:
+    `[1, 2, 3, 4` and `[[1, 2], [3, 4`; the same with one more number in the flat one and two inner
+    breaks; and `[1, 2], [3, 4` and `[1, 2, [3, 4`, the only ones that have the same numbers of
+    tokens wherever `],` is one.
     """
     names = deal(LISTS, split)
     numbers = deal([str(n) for n in range(1, 100)], split)
     pairs: list[Contexts] = []
-    for i in range(360 if split == 0 else 100):
-        name = names[i % len(names)]
+    for i in range(480 if split == 0 else 120):
         n = [numbers[(7 * i + 3 * j + i // len(names)) % len(numbers)] for j in range(7)]
-        if i % 2:
-            flat = ", ".join(n[: 4 + 2 * (i % 4 == 3)])
-            nested = _nested(n[: 4 + 2 * (i % 4 == 3)])
-        else:
+        if i % 4 == 0:
+            flat, nested = ", ".join(n[:4]), _nested(n[:4])
+        elif i % 4 == 1:
             flat, nested = ", ".join(n), _nested(n[:6])
-        pairs.append((f"{name} = [{flat}", f"{name} = [{nested}"))
+        else:
+            first, second = ", ".join(n[: 1 + i % 3]), ", ".join(n[3 : 5 + i % 2])
+            flat, nested = f"{first}], [{second}", f"{first}, [{second}"
+        start = f"    {names[i % len(names)]} = ["
+        pairs.append((start + flat, start + nested))
     return list(dict.fromkeys(pairs))
 
 

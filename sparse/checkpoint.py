@@ -1,0 +1,86 @@
+"""Checkpoints that are whole or absent: safetensors and JSON, written aside and renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+STATE = "state.json"
+
+
+def write_folder(folder: Path, tensors: dict[str, dict[str, Tensor]], state: dict) -> None:
+    """Write `tensors` (file stem -> name -> tensor) and `state` as one folder, atomically.
+
+    Everything is written and synced under a temporary name beside `folder` and then renamed, so a
+    kill or a full disk at any moment leaves the folder whole or absent.
+    """
+    aside = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir(parents=True)
+        for stem, named in tensors.items():
+            flat = {name: t.detach().cpu().contiguous() for name, t in named.items()}
+            save_file(flat, aside / f"{stem}.safetensors")
+        (aside / STATE).write_text(json.dumps(state, indent=1))
+        for path in [*aside.iterdir(), aside]:
+            _sync(path)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(aside, folder)
+        _sync(folder.parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise OSError(
+            f"could not write {folder}: {error}; what was saved before is untouched: free some "
+            "space (or choose another folder) and start the same command again to resume"
+        ) from error
+
+
+def read_folder(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """Return what `write_folder` wrote; a damaged folder raises and names the file."""
+    path = folder / STATE
+    try:
+        state = json.loads(path.read_text())
+        tensors = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            tensors[path.stem] = load_file(path)
+    except (OSError, json.JSONDecodeError, SafetensorError) as error:
+        raise ValueError(
+            f"{path} cannot be read: {error}; delete the folder {folder} to resume from the one "
+            "before it, or restore the file"
+        ) from error
+    return tensors, state
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    aside = path.with_name(f"{path.name}.partial")
+    try:
+        aside.write_text(text)
+        _sync(aside)
+        os.replace(aside, path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise OSError(
+            f"could not write {path}: {error}; the file that was there is untouched: free some "
+            "space or choose another folder"
+        ) from error
+
+
+def steps_saved(folder: Path) -> list[Path]:
+    """Return the checkpoints `step-00000000` in `folder`, oldest first."""
+    return sorted(p for p in folder.glob("step-*") if p.name[5:].isdigit())
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,237 @@
+"""A corpus: documents in a fixed order, placed in training or validation by their own content."""
+
+import hashlib
+import json
+import os
+import sys
+import sysconfig
+import tokenize
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+SUFFIXES = (".txt", ".jsonl", ".py", ".md")
+SEPARATOR = "<|endoftext|>"
+PASSAGE = 2_000  # characters: the least a passage of a single text file holds
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Corpus:
+    """Documents in a fixed order, split by content into training and validation."""
+
+    name: str
+    """What was read, for cards and logs."""
+    train: list[str]
+    """Training documents."""
+    validation: list[str]
+    """Validation documents; none of them is also a training document."""
+    fingerprint: str
+    """sha256 over the names and contents of all documents, in order."""
+    skipped: dict[str, int] = field(default_factory=dict)
+    """How many documents were left out, by reason."""
+
+
+def load_corpus(
+    source: str | Path | None = None,
+    *,
+    text_column: str = "text",
+    split: str = "train",
+    config: str | None = None,
+    revision: str | None = None,
+    streaming: bool = False,
+    documents: int | None = None,
+    validation_share: float = 0.05,
+) -> Corpus:
+    """Return the documents of `source`, split into training and validation by their content.
+
+        document is validation  iff  sha256(document) / 2^256 < validation_share
+
+    so no document is in both, copies stay together, and adding one document moves no other.
+
+    `source` is None (the sources of Python's standard library), a .txt file (cut at lines of
+    `<|endoftext|>`, or else at blank lines into passages), a .jsonl file (one document per row, in
+    `text_column`), a folder of .txt, .jsonl, .py and .md files, or the name of a Hugging Face
+    dataset (extra `data`), of which `split`, `config` and `revision` select the rows. `documents`
+    keeps the first so many; with `streaming` only those are downloaded.
+
+    Raises ValueError if a column is missing or a split is left empty, FileNotFoundError if a path
+    does not exist, ImportError without the extra `data`.
+    """
+    if not 0 < validation_share < 1:
+        raise ValueError(f"load_corpus: validation_share={validation_share} must be in (0, 1)")
+    skipped: Counter[str] = Counter()
+    if source is None:
+        name = f"the standard library of Python {sys.version.split()[0]}"
+        pairs = _folder(Path(sysconfig.get_path("stdlib")), (".py",), text_column, skipped)
+    elif (path := Path(source).expanduser()).is_dir():
+        name, pairs = path.name, _folder(path, SUFFIXES, text_column, skipped)
+    elif path.is_file():
+        if path.suffix not in SUFFIXES:
+            raise ValueError(
+                f"load_corpus: {path.name} is not one of {', '.join(SUFFIXES)}; give one of these, "
+                "or a folder of them (plain text under another name: rename it to .txt)"
+            )
+        name, pairs = path.name, _file(path, path.name, text_column, skipped, alone=True)
+    elif _looks_like_a_path(source):
+        raise FileNotFoundError(f"load_corpus: there is no file or folder {str(source)!r} here")
+    else:
+        name = str(source)
+        rows = open_dataset(
+            name, split=split, config=config, revision=revision, streaming=streaming
+        )
+        pairs = ((f"row {i}", text_of(row, text_column, name)) for i, row in enumerate(rows))
+    return _split(name, pairs, skipped, documents, validation_share)
+
+
+def is_validation(document: str, share: float = 0.05) -> bool:
+    """Say whether a document belongs to validation: sha256(document) / 2^256 < share."""
+    digest = hashlib.sha256(document.encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64
+
+
+def _split(
+    name: str,
+    pairs: Iterable[tuple[str, str]],
+    skipped: Counter[str],
+    documents: int | None,
+    share: float,
+) -> Corpus:
+    parts: dict[bool, list[str]] = {False: [], True: []}
+    digest = hashlib.sha256()
+    for label, text in pairs:
+        if documents is not None and len(parts[False]) + len(parts[True]) == documents:
+            break
+        if not text.strip():
+            skipped["empty"] += 1
+            continue
+        for piece in (label, text):
+            raw = piece.encode("utf-8", "surrogatepass")
+            digest.update(len(raw).to_bytes(8, "big") + raw)
+        parts[is_validation(text, share)].append(text)
+    n_train, n_validation = len(parts[False]), len(parts[True])
+    if not (n_train and n_validation):
+        raise ValueError(
+            f"{name} holds {n_train} training and {n_validation} validation documents at "
+            f"validation_share={share} (left out: {dict(skipped) or 'none'}); each needs at least "
+            f"one: give more documents ({', '.join(SUFFIXES)}) or another validation_share"
+        )
+    return Corpus(
+        name=name,
+        train=parts[False],
+        validation=parts[True],
+        fingerprint=digest.hexdigest(),
+        skipped=dict(skipped),
+    )
+
+
+def _folder(
+    root: Path, suffixes: tuple[str, ...], text_column: str, skipped: Counter[str]
+) -> Iterator[tuple[str, str]]:
+    """Yield (name, text) of the files below `root`, in the order of their names."""
+    apart = {"site-packages", "dist-packages", "__pycache__"}
+    files = {
+        path.relative_to(root).as_posix(): path
+        for path in root.rglob("*")
+        if path.suffix in suffixes and not apart & set(path.relative_to(root).parts)
+    }
+    for label, path in sorted(files.items()):
+        if path.is_file():
+            yield from _file(path, label, text_column, skipped, alone=False)
+
+
+def _file(
+    path: Path, label: str, text_column: str, skipped: Counter[str], alone: bool
+) -> Iterator[tuple[str, str]]:
+    """Yield the documents of one file; a lone text file is cut so that it can be split."""
+    try:
+        if path.suffix == ".py":  # in the coding that it declares
+            with tokenize.open(path) as file:
+                text = file.read()
+        else:
+            text = path.read_text(encoding="utf-8")
+    except (SyntaxError, UnicodeDecodeError):
+        skipped["not in the declared coding"] += 1
+        return
+    except PermissionError:
+        skipped["not readable"] += 1
+        return
+    if path.suffix == ".jsonl":
+        for i, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                yield f"{label}:{i}", text_of(_row(line, path, i), text_column, f"{path}:{i}")
+        return
+    pieces = [text]
+    if path.suffix == ".txt" and SEPARATOR in text:
+        pieces = text.split(SEPARATOR)
+    elif alone:
+        pieces = _passages(text)
+    yield from ((f"{label}:{i}", piece) for i, piece in enumerate(pieces))
+
+
+def _passages(text: str) -> Iterator[str]:
+    """Cut at blank lines into passages of `PASSAGE` characters or more; the last may be less."""
+    held = ""
+    for paragraph in text.split("\n\n"):
+        held += paragraph + "\n\n"
+        if len(held) >= PASSAGE:
+            yield held
+            held = ""
+    if held:
+        yield held
+
+
+def _row(line: str, path: Path, number: int) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path}:{number} is not JSON ({error}); a .jsonl file has one object per line"
+        ) from error
+    if not isinstance(row, dict):
+        raise ValueError(
+            f'{path}:{number} is not a JSON object; write {{"text": ...}} on each line'
+        )
+    return row
+
+
+def text_of(row: dict[str, Any], column: str, where: str) -> str:
+    """Return the text of a row; raise ValueError, naming the columns, if `column` holds none."""
+    text = row.get(column)
+    if not isinstance(text, str):
+        raise ValueError(
+            f"{where} has no text in column {column!r}; its columns are "
+            f"{ {key: type(value).__name__ for key, value in row.items()} }; "
+            "name the one that holds text with text_column"
+        )
+    return text
+
+
+def _looks_like_a_path(source: str | Path) -> bool:
+    text = str(source)
+    return (
+        isinstance(source, Path)
+        or text.startswith((".", "~", os.sep))
+        or text.endswith(SUFFIXES)
+        or text.count("/") > 1
+    )
+
+
+def open_dataset(
+    name: str,
+    *,
+    split: str = "train",
+    config: str | None = None,
+    revision: str | None = None,
+    streaming: bool = True,
+) -> Any:
+    """Return the rows of a Hugging Face dataset; needs the extra `data`."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(
+            f"{name!r} is no file or folder here, and reading it from Hugging Face needs the "
+            'package `datasets`, which is not installed: pip install "sparse-bridges[data]"'
+        ) from error
+    return datasets.load_dataset(name, config, split=split, revision=revision, streaming=streaming)

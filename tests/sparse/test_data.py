@@ -1,0 +1,212 @@
+"""Blocks and batches: nothing is lost but the remainder, and a resumed run sees the same tokens."""
+
+import json
+from itertools import islice
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from sparse.corpus import is_validation
+from sparse.data import Batches, StreamingBatches, pack
+
+
+def byte_tokenizer(eos="<eos>"):
+    """One token per byte, and an end-of-text token."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {symbol: i for i, symbol in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if eos:
+        tokenizer.add_special_tokens([eos])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos or None)
+
+
+TEXTS = [f"document {i} " + "ab é " * (i % 7) for i in range(300)]
+
+
+class Rows:
+    """A stream that can say where it is, as a Hugging Face IterableDataset can."""
+
+    def __init__(self, texts):
+        self.texts, self.next = texts, 0
+
+    def __iter__(self):
+        while self.next < len(self.texts):
+            self.next += 1
+            yield {"text": self.texts[self.next - 1]}
+        self.next = 0
+
+    def state_dict(self):
+        return {"next": self.next}
+
+    def load_state_dict(self, state):
+        self.next = state["next"]
+
+
+class ForgetfulRows(Rows):
+    """The control: a stream whose state is always its beginning."""
+
+    def state_dict(self):
+        return {"next": 0}
+
+
+def take(batches, n):
+    return torch.stack(list(islice(batches, n)))
+
+
+def test_packing_loses_only_the_remainder():
+    tokenizer = byte_tokenizer()
+    blocks = pack(TEXTS, tokenizer, 64)
+    whole = "".join(f"{text}<eos>" for text in TEXTS)
+    assert blocks.dtype == torch.int64 and blocks.shape[1] == 64
+    packed = tokenizer.decode(blocks.flatten())
+    assert whole.startswith(packed)
+    assert len(whole.encode()) - len(TEXTS) * 4 - blocks.numel() < 64  # <eos> is one token
+    assert not "".join(TEXTS).startswith(packed)  # control: the documents do not run together
+
+
+def test_packing_refuses_what_it_cannot_pack():
+    with pytest.raises(ValueError, match="no end-of-text token.*tokenizer.eos_token"):
+        pack(TEXTS, byte_tokenizer(eos=""), 64)
+    with pytest.raises(ValueError, match="hold 3 tokens, fewer than one block of 64"):
+        pack(["ab"], byte_tokenizer(), 64)
+    with pytest.raises(ValueError, match="0 documents hold 0 tokens"):
+        pack([], byte_tokenizer(), 64)
+    with pytest.raises(ValueError, match="length=1"):
+        pack(TEXTS, byte_tokenizer(), 1)
+
+
+def test_a_cache_is_used_only_for_the_same_texts_tokenizer_and_length(tmp_path, monkeypatch):
+    tokenizer = byte_tokenizer()
+    blocks = pack(TEXTS, tokenizer, 64, cache=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1
+    with monkeypatch.context() as patch:  # a second call does not tokenize
+        patch.setattr("sparse.data._encode", None)
+        assert torch.equal(pack(TEXTS, tokenizer, 64, cache=tmp_path), blocks)
+    pack(TEXTS, tokenizer, 32, cache=tmp_path)
+    pack(TEXTS[1:], tokenizer, 64, cache=tmp_path)
+    pack(TEXTS, byte_tokenizer(eos="<end>"), 64, cache=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_a_cache_that_cannot_be_written_leaves_nothing_half_done(tmp_path, monkeypatch):
+    def full(_tensors, path):
+        with open(path, "wb") as file:
+            file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sparse.data.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        pack(TEXTS, byte_tokenizer(), 64, cache=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_epoch_is_another_permutation_of_the_same_blocks():
+    blocks = torch.arange(12).view(12, 1).expand(12, 3)
+    batches = Batches(blocks, 4, seed=7)
+    first, second = (torch.cat([batches.at(3 * e + i) for i in range(3)])[:, 0] for e in (0, 1))
+    assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(12))
+    assert not torch.equal(first, second)
+    other = torch.cat([Batches(blocks, 4, seed=8).at(i) for i in range(3)])[:, 0]
+    assert not torch.equal(first, other)  # control: the seed decides
+
+
+def test_a_batch_depends_on_seed_and_step_alone():
+    blocks = torch.arange(20).view(20, 1)
+    batches = Batches(blocks, 3, seed=1)
+    assert batches.per_epoch == 6
+    walked = take(batches, 20)
+    torch.manual_seed(99)
+    fresh = Batches(blocks, 3, seed=1)
+    for step in (19, 0, 13, 6, 5):
+        assert torch.equal(fresh.at(step), walked[step])
+    assert fresh.step == 0  # looking does not advance
+
+
+def test_batches_resume_bit_for_bit_twice_in_a_row():
+    blocks = torch.arange(200).view(20, 10)
+    whole = take(Batches(blocks, 3, seed=1), 30)
+    start, seen = {"step": 0}, []
+    for n in (11, 9, 10):
+        batches = Batches(blocks, 3, seed=1)
+        batches.load_state_dict(start)
+        seen.append(take(batches, n))
+        start = json.loads(json.dumps(batches.state_dict()))
+    assert start == {"step": 30}
+    assert torch.equal(torch.cat(seen), whole)
+    assert not torch.equal(take(Batches(blocks, 3, seed=1), 19), whole[11:])  # control: no state
+
+
+def test_batches_refuse_fewer_blocks_than_a_batch_and_steps_before_the_first():
+    with pytest.raises(ValueError, match=r"batch_size=5 is outside 1..4.*smaller batch"):
+        Batches(torch.zeros(4, 8, dtype=torch.int64), 5)
+    with pytest.raises(ValueError, match="step=-1"):
+        Batches(torch.zeros(4, 8, dtype=torch.int64), 2).at(-1)
+
+
+def test_a_stream_holds_the_tokens_that_packing_gives():
+    tokenizer = byte_tokenizer()
+    blocks = pack(TEXTS, tokenizer, 16)
+    n = len(blocks) // 4
+    streamed = take(StreamingBatches(Rows(TEXTS), tokenizer, 16, 4, part="all"), n)
+    assert torch.equal(streamed.flatten(0, 1), blocks[: 4 * n])
+    for part, held_out in (("train", False), ("validation", True)):
+        texts = [text for text in TEXTS if is_validation(text) == held_out]
+        stream = StreamingBatches(Rows(TEXTS), tokenizer, 16, 2, part=part)
+        assert torch.equal(take(stream, 2).flatten(0, 1), pack(texts, tokenizer, 16)[:4])
+
+
+def check_resumes(rows, n=80):
+    """Say whether a stream cut twice, its state kept as JSON, gives the undisturbed batches."""
+
+    def new():
+        return StreamingBatches(rows(), byte_tokenizer(), 16, 4, part="all")
+
+    whole, state, seen = take(new(), n), None, []
+    for part in (n // 2 + 1, 7, n - n // 2 - 8):
+        stream = new()
+        if state:
+            stream.load_state_dict(state)
+        seen.append(take(stream, part))
+        state = json.loads(json.dumps(stream.state_dict()))
+    assert stream.epoch >= 2, "the test should pass the end of the rows"
+    assert stream.step == n
+    return torch.equal(torch.cat(seen), whole)
+
+
+def test_a_stream_resumes_at_the_exact_token_twice_and_over_epochs():
+    assert check_resumes(lambda: Rows(TEXTS[:40]))
+    assert not check_resumes(lambda: ForgetfulRows(TEXTS[:40]))  # control
+
+
+def test_a_stream_of_hugging_face_rows_resumes_at_the_exact_token(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    files = []
+    for i in range(3):
+        files.append(str(tmp_path / f"{i}.jsonl"))
+        lines = (json.dumps({"text": text}) for text in TEXTS[20 * i : 20 * i + 20])
+        (tmp_path / f"{i}.jsonl").write_text("\n".join(lines))
+
+    def rows():
+        return datasets.load_dataset(
+            "json", data_files=files, split="train", streaming=True, cache_dir=str(tmp_path)
+        )
+
+    assert check_resumes(rows)
+
+
+def test_a_stream_refuses_what_it_could_not_resume_or_fill():
+    tokenizer = byte_tokenizer()
+    with pytest.raises(ValueError, match="list has no state_dict.*pack and Batches"):
+        StreamingBatches([{"text": "a"}], tokenizer, 16, 4)
+    with pytest.raises(ValueError, match="no document of part 'all'"):
+        next(iter(StreamingBatches(Rows(["", " "]), tokenizer, 16, 4, part="all")))
+    with pytest.raises(ValueError, match=r"column 'body'.*'text': 'str'"):
+        next(iter(StreamingBatches(Rows(TEXTS), tokenizer, 16, 4, text_column="body")))
+    with pytest.raises(ValueError, match="batch_size=0"):
+        StreamingBatches(Rows(TEXTS), tokenizer, 16, 0)
+    with pytest.raises(ValueError, match="no end-of-text token"):
+        StreamingBatches(Rows(TEXTS), byte_tokenizer(eos=""), 16, 4)

@@ -269,11 +269,10 @@ class _Run:
         self.module.load_state_dict(tensors["module"])
         for group in self.groups:
             for name, p in group.params.items():
-                prefix = f"{group.name}/{name}/"
-                moments = {
-                    k[len(prefix) :]: v for k, v in tensors["adam"].items() if _under(k, prefix)
+                self.optimizer.state[p] = {
+                    key: tensors["adam"][f"{group.name}/{name}/{key}"].to(p.device)
+                    for key in ("step", "exp_avg", "exp_avg_sq")
                 }
-                self.optimizer.state[p] = {k: v.to(p.device) for k, v in moments.items()}
         self.batches.load_state_dict(state["batches"])
         self._cut_log(state["step"])
         return state["step"]

@@ -12,14 +12,27 @@ final norm, soft-caps and scalings are therefore the model's own.
 import hashlib
 import inspect
 from functools import cached_property
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-from dense.sites import Layout, SiteError, probe, probe_ids, prove
-from dense.twin import Blank, answer, first, forwarding, replaced, take_hidden
+from dense.load import TINY, load, refuse_unsuitable
+from dense.sites import Layout, probe, probe_ids, prove
+from dense.twin import (
+    Blank,
+    answer,
+    deep_twin,
+    first,
+    forwarding,
+    replaced,
+    site_block,
+    take_hidden,
+    transplanted,
+)
 
 _SHAPING = (  # config fields that, with the weights, decide the function; absent ones count as None
     "model_type vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads "
@@ -45,11 +58,25 @@ class DenseModel:
         refuse_unsuitable(model)
         self.model: Any = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
-        self.name = name or getattr(model.config, "_name_or_path", "") or self.model_type
+        path = getattr(model.config, "_name_or_path", "")
+        self.name = name or ("tiny" if path == str(TINY) else path) or self.model_type
         self.layout: Layout = probe(model)
         self._forward_takes = set(inspect.signature(type(model).forward).parameters)
         self._passing = [forwarding(b, self._pass) for b in self.layout.blocks]
         prove(self.model, self.layout, self.residuals(probe_ids(self.model)), self.resume)
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder: str | Path, **kwargs: Any) -> "DenseModel":
+        """Open "tiny" (built in), a saved folder, or a name on the Hugging Face hub.
+
+        `kwargs` go to transformers; weights are read as fp32 unless `dtype` says otherwise. What
+        is on this machine is not fetched again. Errors: see `load`.
+        """
+        name = str(name_or_folder)
+        if revision := kwargs.get("revision"):
+            name += f"@{revision}"
+        model, tokenizer = load(name_or_folder, **kwargs)
+        return cls(model, tokenizer, name=name)
 
     # what it is
 
@@ -116,6 +143,7 @@ class DenseModel:
         With a mask, positions count the real tokens, so that a row padded on the left answers as
         it does alone. Never with a cache. Raises ValueError for ids that the model cannot embed.
         """
+        self._check_eval()
         self._check_ids(ids)
         kwargs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
         if attention_mask is not None:
@@ -166,8 +194,8 @@ class DenseModel:
         is not looked up. Gradients flow to `h`. Raises ValueError for a site or an `h` that the
         model does not have.
         """
-        self._check_eval()
-        self._check_residual(site, h, ids)
+        self._check_site(site)
+        self._check_residual(h, ids)
         k, mid = divmod(site, 2) if self.has_mid else (site, 0)
         last = k == self.n_layers
         k = min(k, self.n_layers - 1)
@@ -183,6 +211,36 @@ class DenseModel:
         parts[f"{self.layout.path}.{k}"] = forwarding(self.layout.blocks[k], inject)
         parts[self._embedding[0]] = self._embedding[1]
         return replaced(self.model, parts)(**self.inputs(ids, attention_mask)).logits
+
+    def hookable(self) -> nn.Module:
+        """Return a twin of the model with an identity module at every site (`site_path`).
+
+        It shares every weight and gives the same logits bit for bit. Torch hooks and nnsight read
+        and replace the residual as the output of those modules; none of it reaches the original.
+        """
+        root = deep_twin(self.model)
+        parts = {}
+        for k, original in enumerate(self.layout.blocks):
+            path = f"{self.layout.path}.{k}"
+            block = root.get_submodule(path)
+            halves = self.layout.halves[k] if self.has_mid else ()
+            halves = tuple(transplanted(half, original, onto=block) for half in halves)
+            parts[path] = site_block(block, halves, last=k == self.n_layers - 1)
+        root = replaced(root, parts)
+        root.__dict__["original"] = self.model
+        return root
+
+    def site_path(self, site: int) -> str:
+        """Return the dotted path, in the hookable twin, of the module whose output is the site."""
+        self._check_site(site)
+        k, mid = divmod(site, 2) if self.has_mid else (site, 0)
+        if k == self.n_layers:
+            return f"{self.layout.path}.{k - 1}.resid_post"
+        return f"{self.layout.path}.{k}.{'resid_mid' if mid else 'resid_pre'}"
+
+    def trace_model(self) -> Any:
+        """Return an nnsight wrapper of a hookable twin, to write one's own traces with."""
+        return import_module("dense.edit").trace_model(self)
 
     def describe(self) -> str:
         """Return one line: family, depth, sites and why there are so many."""
@@ -206,7 +264,6 @@ class DenseModel:
     def _read(
         self, ids: Tensor, attention_mask: Tensor | None, every_position: bool
     ) -> tuple[list[Tensor], Tensor]:
-        self._check_eval()
         stream: list[Tensor] = []
         parts = {
             f"{self.layout.path}.{k}": self._recording(k, stream) for k in range(self.n_layers)
@@ -270,35 +327,17 @@ class DenseModel:
                 f"{limit}; shorten or split them"
             )
 
-    def _check_residual(self, site: int, h: Tensor, ids: Tensor) -> None:
+    def _check_site(self, site: int) -> None:
         if not 0 <= site < self.n_sites:
             raise ValueError(
                 f"site {site} does not exist: {self.model_type} has sites 0..{self.n_sites - 1}"
                 + ("" if self.has_mid else f" (no mid sites, {self.layout.composition} blocks)")
             )
+
+    def _check_residual(self, h: Tensor, ids: Tensor) -> None:
         want = (*ids.shape, self.d_resid)
         if tuple(h.shape) != want:
             raise ValueError(
                 f"a residual of {self.model_type} for these ids has shape (batch, pos, d) = "
                 f"{want}, got {tuple(h.shape)}"
             )
-
-
-def refuse_unsuitable(model: Any) -> None:
-    """Raise SiteError for models that no probe could bridge."""
-    config = getattr(model, "config", None)
-    if config is None or not hasattr(config, "get_text_config"):
-        raise SiteError(
-            f"{type(model).__name__} is not a transformers model: it has no config; pass a "
-            "PreTrainedModel such as AutoModelForCausalLM.from_pretrained gives"
-        )
-    if config.is_encoder_decoder or model.get_output_embeddings() is None:
-        raise SiteError(
-            f"{config.model_type} ({type(model).__name__}) is not a causal language model with "
-            "logits; open it with AutoModelForCausalLM"
-        )
-    if dispatched := [n for n, m in model.named_modules() if hasattr(m, "_hf_hook")]:
-        raise SiteError(
-            f"{config.model_type} was spread over devices by accelerate (hook on "
-            f"{dispatched[0] or 'the model'}); load it on one device, without device_map"
-        )

@@ -6,6 +6,7 @@ one changes nothing on the original: no hook, no attribute, no copied weight.
 """
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from types import MappingProxyType
 from typing import Any
 
@@ -71,6 +72,50 @@ def forwarding(module: nn.Module, forward: Callable[..., Any]) -> nn.Module:
     t = twin(module)
     t.__dict__["forward"] = forward
     return t
+
+
+def transplanted(part: nn.Module, original: nn.Module, onto: nn.Module) -> nn.Module:
+    """Return a twin of `onto` with those children that `part`, a twin of `original`, replaced."""
+    own = {
+        n: c for n, c in part._modules.items() if c is not None and c is not original._modules[n]
+    }
+    return twin(onto, own)
+
+
+def site_block(block: nn.Module, halves: tuple[nn.Module, ...], last: bool) -> nn.Module:
+    """Return a twin of `block` with an identity module at each of its residual sites.
+
+    `resid_pre` before it, `resid_mid` between its halves if there are any, and `resid_post` after
+    it if it is the last. Their outputs are the stream: whoever replaces one moves the model.
+    """
+    children: dict[str, nn.Module] = {"resid_pre": nn.Identity()}
+    if halves:
+        children["resid_mid"] = nn.Identity()
+    if last:
+        children["resid_post"] = nn.Identity()
+    t = twin(block, children, _site_class(type(block)))
+    t.__dict__["halves"] = halves  # beside the tree: they share its children
+    return t
+
+
+@cache
+def _site_class(base: type[nn.Module]) -> type[nn.Module]:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        h, args, kwargs = take_hidden(args, kwargs)
+        h = self.resid_pre(h)
+        if self.halves:
+            attn_half, mlp_half = self.halves
+            attn_half.training = mlp_half.training = self.training
+            out = attn_half(h, *args, **kwargs)
+            h = first(mlp_half(self.resid_mid(first(out)), *args, **kwargs))
+        else:
+            out = base.forward(self, h, *args, **kwargs)
+            h = first(out)
+        if "resid_post" in self._modules:
+            h = self.resid_post(h)
+        return (h, *out[1:]) if isinstance(out, (tuple, list)) else h
+
+    return type(f"Sites{base.__name__}", (base,), {"forward": forward})
 
 
 def first(output: Any) -> Any:

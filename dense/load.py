@@ -1,0 +1,156 @@
+"""Open a model by name or folder, from what is on this machine first; refuse what cannot serve.
+
+A folder never touches the network. A name that is wholly in the Hugging Face cache does not
+either; otherwise the hub is asked once whether it answers, within seconds, before anything is
+fetched.
+"""
+
+import ssl
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
+
+import torch
+
+from dense.sites import SiteError
+
+TINY = Path(__file__).parent / "tiny_data"
+
+_WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+_INSTEAD = "use `--dense tiny`, the built-in model, or `--dense /a/folder` that holds a saved model"
+
+
+def load(name_or_folder: str | Path, **kwargs: Any) -> tuple[Any, Any]:
+    """Return (model, tokenizer or None); `kwargs` go to transformers, `dtype` defaults to fp32.
+
+    Raises FileNotFoundError naming the missing file when a folder is incomplete or a name is
+    neither cached nor reachable, ValueError when a file is damaged or lacks weights.
+    """
+    source = str(TINY if str(name_or_folder) == "tiny" else name_or_folder)
+    if missing := _missing_file(source, kwargs):
+        _need_hub(source, missing)
+    else:
+        kwargs["local_files_only"] = True
+    return _model(source, kwargs), _tokenizer(source, kwargs)
+
+
+def _model(source: str, kwargs: dict[str, Any]) -> Any:
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    try:
+        opened: Any = AutoModelForCausalLM.from_pretrained(
+            source, output_loading_info=True, **{"dtype": torch.float32, **kwargs}
+        )
+    except SafetensorError as error:
+        raise ValueError(
+            f"the weights of {source} are damaged ({error}); copy them again"
+        ) from error
+    model, seen = opened
+    if seen["missing_keys"] or seen["mismatched_keys"]:
+        raise ValueError(
+            f"{source} lacks weights that its config asks for: "
+            f"{sorted(seen['missing_keys'])[:5] or seen['mismatched_keys']}; transformers would "
+            "make them up at random. Save the whole model with save_pretrained"
+        )
+    return model
+
+
+def _tokenizer(source: str, kwargs: dict[str, Any]) -> Any:
+    """Return the tokenizer that lies beside the model, None if there is none."""
+    from transformers import AutoTokenizer
+    from transformers.utils.hub import cached_file
+
+    ours = ("revision", "cache_dir", "token", "local_files_only", "trust_remote_code")
+    passed = {k: v for k, v in kwargs.items() if k in ours}
+    lookup = {k: v for k, v in passed.items() if k != "trust_remote_code"}
+    for file in _TOKENIZER:
+        if cached_file(source, file, _raise_exceptions_for_missing_entries=False, **lookup):
+            return AutoTokenizer.from_pretrained(source, **passed)
+    return None
+
+
+def _missing_file(source: str, kwargs: dict[str, Any]) -> str | None:
+    """Return the first needed file that this machine lacks; a folder that lacks one is an error."""
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        names = {p.name for p in folder.iterdir()}
+        missing = _first_missing(names)
+        if missing:
+            hint = (
+                "reinstall the package, or build it with examples/train_dense.py"
+                if folder == TINY
+                else "point to the folder that save_pretrained wrote"
+            )
+            raise FileNotFoundError(f"{missing} is missing in the folder {source}; {hint}")
+        return None
+    if source == str(TINY) or source.startswith(("/", ".", "~")) or source.count("/") > 1:
+        raise FileNotFoundError(f"there is no folder {source}; {_INSTEAD}")
+
+    from huggingface_hub import try_to_load_from_cache
+
+    where = {k: kwargs[k] for k in ("revision", "cache_dir") if k in kwargs}
+    files = ("config.json", *_WEIGHTS)
+    cached = {f for f in files if isinstance(try_to_load_from_cache(source, f, **where), str)}
+    return _first_missing(cached)
+
+
+def _first_missing(names: set[str]) -> str | None:
+    if "config.json" not in names:
+        return "config.json"
+    return None if names & set(_WEIGHTS) else _WEIGHTS[0]
+
+
+def _need_hub(source: str, missing: str) -> None:
+    """Raise FileNotFoundError unless the hub may be asked and answers."""
+    from huggingface_hub import constants
+
+    if constants.is_offline_mode():
+        why = "HF_HUB_OFFLINE is set, so the hub was not asked"
+    elif (failure := _unreachable(constants.ENDPOINT)) is not None:
+        why = f"{constants.ENDPOINT} does not answer ({failure})"
+    else:
+        return
+    raise FileNotFoundError(
+        f"{missing} of {source} is not on this machine: it is no folder, it is not in the cache "
+        f"{constants.HF_HUB_CACHE}, and {why}. Without a network, {_INSTEAD}"
+    )
+
+
+def _unreachable(url: str) -> str | None:
+    """Return why `url` cannot be reached within 5 seconds, None if anything answers there."""
+    try:
+        urlopen(Request(url, method="HEAD"), timeout=5).close()
+    except HTTPError:
+        return None
+    except (URLError, OSError) as error:
+        reason = getattr(error, "reason", error)
+        return None if isinstance(reason, ssl.SSLError) else str(reason)
+    return None
+
+
+def refuse_unsuitable(model: Any) -> None:
+    """Raise SiteError for models that no probe could bridge."""
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "get_text_config"):
+        raise SiteError(
+            f"{type(model).__name__} is not a transformers model: it has no config; pass a "
+            "PreTrainedModel such as AutoModelForCausalLM.from_pretrained gives"
+        )
+    if config.is_encoder_decoder or model.get_output_embeddings() is None:
+        raise SiteError(
+            f"{config.model_type} ({type(model).__name__}) is not a causal language model with "
+            "logits; open it with AutoModelForCausalLM"
+        )
+    if dispatched := [n for n, m in model.named_modules() if hasattr(m, "_hf_hook")]:
+        raise SiteError(
+            f"{config.model_type} was spread over devices by accelerate (hook on "
+            f"{dispatched[0] or 'the model'}); load it on one device, without device_map"
+        )

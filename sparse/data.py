@@ -1,8 +1,10 @@
 """Text to ids: documents packed into blocks, served in batches that resume exactly.
 
-pack              blocks  Int[block pos]     text_1 eos text_2 eos ..., cut every `length` tokens
-Batches           ids     Int[batch pos]     a pure function of (seed, step)
-StreamingBatches  ids     Int[batch pos]     the same from rows that never fit in memory
+    pack              blocks  Int[block pos]    text_1 eos text_2 eos ..., cut every `length`
+    Batches           ids     Int[batch pos]    a pure function of (seed, step)
+    StreamingBatches  ids     Int[batch pos]    from rows too many for memory; its state resumes it
+
+The documents come from `corpus.py`.
 """
 
 import hashlib
@@ -106,7 +108,10 @@ def _save(blocks: Tensor, path: Path) -> None:
 class Batches:
     """Batches of blocks without end, reshuffled each epoch; the batch at a step is a pure function.
 
-    at(t) = blocks[perm(seed, epoch)[i B : (i + 1) B]],    epoch, i = divmod(t, n_blocks // B)
+        at(t) = blocks[perm(seed, epoch)[i B : (i + 1) B]],    epoch, i = divmod(t, n_blocks // B)
+
+    Blocks that do not fill a batch wait for another epoch's permutation. Iterating starts at
+    `step`, which is all the state there is.
     """
 
     def __init__(self, blocks: Int[Tensor, "block pos"], batch_size: int, seed: int = 0) -> None:

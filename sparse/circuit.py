@@ -155,11 +155,12 @@ class Circuit:
 
     def with_nodes(self, nodes: Iterable[Node], how: str) -> Circuit:
         """Return a circuit of other nodes of the same model; its losses are yet to be measured."""
-        found: dict[str, tuple[int, ...]] = {}
+        found: dict[str, list[int]] = {}
         for location, i in sorted(set(nodes)):
-            found[location] = (*found.get(location, ()), i)
+            found.setdefault(location, []).append(i)
+        kept = {at: tuple(indices) for at, indices in found.items()}
         origin = {"derived": how, "from": self.config}
-        return replace(self, nodes=found, loss={}, calibration=None, config=origin, notes=())
+        return replace(self, nodes=kept, loss={}, calibration=None, config=origin, notes=())
 
     def random(self, model: SparseGPT, seed: int, outside: bool = False) -> Circuit:
         """Return the control: at each location equally many nodes, drawn from all of them.
@@ -256,7 +257,7 @@ class Circuit:
         tensors = save({at: value.contiguous() for at, value in self.ablation.items()})
         values["ablation_sha256"] = hashlib.sha256(tensors).hexdigest()
         text = json.dumps(values, indent=1).encode()
-        _replace_all(folder, {"circuit.safetensors": tensors, "circuit.json": text})
+        replace_files(folder, {"circuit.safetensors": tensors, "circuit.json": text})
 
     @classmethod
     def load(cls, folder: str | Path) -> Circuit:
@@ -310,7 +311,7 @@ def _depth(location: str) -> tuple[int, int]:
     return int(layer), LOCATIONS.index(rest)
 
 
-def _replace_all(folder: Path, files: dict[str, bytes]) -> None:
+def replace_files(folder: Path, files: dict[str, bytes]) -> None:
     """Write all files beside their places, flush them to disk, then move them there."""
     written: list[Path] = []
     try:
@@ -328,6 +329,6 @@ def _replace_all(folder: Path, files: dict[str, bytes]) -> None:
             path.unlink(missing_ok=True)
         raise OSError(
             error.errno,
-            f"could not save the circuit in {folder} ({error.strerror}); what was there before "
+            f"could not write {list(files)} in {folder} ({error.strerror}); what was there before "
             "is untouched; free some space or choose another folder, and save again",
         ) from error

@@ -1,0 +1,122 @@
+"""Holding nodes still: masks, the values that replace a node, and where they come from.
+
+x <- m x + (1 - m) mu                       at every node location, after AbsTopK
+m = 1[tau >= 0],  dm/dtau := sigmoid'(tau / theta) / theta
+mu = mean of x over the text the model was trained on
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int, Shaped
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from .circuit import replace_files
+from .model import SparseGPT
+from .nodes import edited, recorded
+from .tasks import TaskBatch
+
+MEANS_FILE = "node_means.safetensors"
+Values = Mapping[str, Shaped[Tensor, " _"]]
+
+
+class _Step(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tau: Tensor, theta: float) -> Tensor:
+        ctx.save_for_backward(tau)
+        ctx.theta = theta
+        return (tau >= 0).to(tau.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        s = torch.sigmoid(ctx.saved_tensors[0] / ctx.theta)
+        return grad * s * (1 - s) / ctx.theta, None
+
+
+def straight_through(tau: Float[Tensor, " n"], theta: float) -> Float[Tensor, " n"]:
+    """Return m = 1[tau >= 0], with the gradient dm/dtau := sigmoid'(tau / theta) / theta."""
+    return _Step.apply(tau, theta)  # pyright: ignore[reportReturnType]
+
+
+@contextmanager
+def masked(model: SparseGPT, keep: Values, ablation: Values) -> Iterator[None]:
+    """Hold the nodes that are not kept at their ablation value while the context is open.
+
+        x <- m x + (1 - m) mu,      m = keep[location], mu = ablation[location]
+
+    `keep` holds bools or floats and may name some of the locations only. All kept is the model,
+    bit for bit. Gradients reach a float `keep`.
+    """
+
+    def hold(location: str, m: Tensor):
+        place = next(model.parameters())
+        m = m.to(device=place.device, dtype=place.dtype)
+        mu = ablation[location].to(m)
+        return lambda x: m * x + (1 - m) * mu
+
+    with edited(model, {at: hold(at, m) for at, m in keep.items()}):
+        yield
+
+
+@torch.no_grad()
+def node_means(
+    model: SparseGPT, blocks: Int[Tensor, "block pos"], batch_size: int = 16
+) -> dict[str, Float[Tensor, " _"]]:
+    """Return the mean of every node over all positions of `blocks`, which hold no padding."""
+    if not blocks.numel():
+        raise ValueError("node_means: no tokens; pass at least one block of text")
+    sums = {
+        at: torch.zeros(width, dtype=torch.float64) for at, width in model.node_widths().items()
+    }
+    device = next(model.parameters()).device
+    for ids in blocks.split(batch_size):
+        with recorded(model) as values:
+            model.residuals(ids.to(device))
+        for at, value in values.items():
+            sums[at] += value.double().sum((0, 1)).cpu()
+    return {at: (total / blocks.numel()).float() for at, total in sums.items()}
+
+
+def save_means(folder: str | Path, means: Values) -> None:
+    """Write the node means into a sparse model's folder, whole or not at all."""
+    content = save({at: value.contiguous() for at, value in means.items()})
+    replace_files(Path(folder), {MEANS_FILE: content})
+
+
+def load_means(folder: str | Path) -> dict[str, Float[Tensor, " _"]]:
+    """Read the node means from a sparse model's folder."""
+    path = Path(folder) / MEANS_FILE
+    if not path.is_file():
+        raise ValueError(
+            f"{path} is missing; make it with node_means and save_means, pass means=, or prune "
+            "with ablation='zero'"
+        )
+    return load_file(path)
+
+
+def last_logits(
+    model: SparseGPT, batch: TaskBatch, ids: Int[Tensor, "prompt pos"] | None = None
+) -> Float[Tensor, "prompt vocab"]:
+    """Return the logits at the scored positions; only those are unembedded."""
+    ids = batch.ids if ids is None else ids
+    row = torch.arange(len(ids), device=ids.device)
+    z = model.residuals(ids)[-1][row, batch.last].unsqueeze(1)  # prompt 1 d_resid
+    return model.resume(model.n_sites - 1, z, ids[row, batch.last].unsqueeze(1)).squeeze(1)
+
+
+@contextmanager
+def still(model: SparseGPT) -> Iterator[None]:
+    """Put the model in eval mode, without gradients, while the context is open."""
+    training, wanted = model.training, [p.requires_grad for p in model.parameters()]
+    model.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        model.train(training)
+        for parameter, grad in zip(model.parameters(), wanted, strict=True):
+            parameter.requires_grad_(grad)

@@ -199,4 +199,4 @@ class BridgeSet(nn.Module):
 def fingerprint(model: ResidualModel) -> str:
     """Return a model's own fingerprint, whether it offers it as a method or a property."""
     mark: Any = model.fingerprint  # pyright: ignore[reportAttributeAccessIssue]
-    return mark() if callable(mark) else mark
+    return str(mark() if callable(mark) else mark)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 BITS = {  # float dtype: (integer view, mask that drops the sign), so that |x| orders as an integer
@@ -33,16 +33,24 @@ def abs_topk(x: Float[Tensor, "*batch d"], k: int) -> Float[Tensor, "*batch d"]:
 class _AbsTopK(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, k: int) -> Tensor:
-        keep = kept_cpu(x, k) if x.device.type == "cpu" else kept_threshold(x, k)
+        kept, last = (kept_cpu if x.device.type == "cpu" else kept_threshold)(x, k)
         if ctx.needs_input_grad[0]:
-            short = (x != 0).sum(-1, keepdim=True) < k
-            ctx.save_for_backward(keep | short)
-        return torch.where(keep, x, 0.0)
+            ctx.save_for_backward(kept | (last == 0))  # k-th magnitude 0: fewer than k nonzero
+        return _where(kept, x)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         (passes,) = ctx.saved_tensors
-        return torch.where(passes, grad, 0.0), None
+        return _where(passes, grad), None
+
+
+def _where(mask: Tensor, x: Tensor) -> Tensor:
+    """x where `mask`, else +0. numpy's integer product is four times as fast on a CPU."""
+    if x.device.type != "cpu":
+        return torch.where(mask, x, 0.0)
+    as_int, _ = BITS[x.dtype]
+    bits = x.contiguous().view(as_int).numpy()
+    return torch.from_numpy(np.multiply(bits, mask.numpy())).view(x.dtype)
 
 
 def kept_reference(x: Float[Tensor, "*batch d"], k: int) -> Bool[Tensor, "*batch d"]:
@@ -51,17 +59,27 @@ def kept_reference(x: Float[Tensor, "*batch d"], k: int) -> Bool[Tensor, "*batch
     return torch.zeros_like(x, dtype=torch.bool).scatter(-1, order, True)
 
 
-def kept_threshold(x: Float[Tensor, "*batch d"], k: int) -> Bool[Tensor, "*batch d"]:
-    """Mark the same entries from the k-th magnitude t, on any device and without a host sync."""
+def kept_threshold(
+    x: Float[Tensor, "*batch d"], k: int
+) -> tuple[Bool[Tensor, "*batch d"], Shaped[Tensor, "*batch 1"]]:
+    """Mark the same entries from the k-th magnitude t, on any device and without a host sync.
+
+    Returns the marks and t.
+    """
     a = x.abs()
     t = a.topk(k, dim=-1).values[..., -1:]
     above, tied = a > t, a == t
     places = k - above.sum(-1, keepdim=True)
-    return above | (tied & (tied.cumsum(-1) <= places))
+    return above | (tied & (tied.cumsum(-1) <= places)), t
 
 
-def kept_cpu(x: Float[Tensor, "*batch d"], k: int) -> Bool[Tensor, "*batch d"]:
-    """Mark the same entries by numpy's partition, several times faster than a sort on a CPU."""
+def kept_cpu(
+    x: Float[Tensor, "*batch d"], k: int
+) -> tuple[Bool[Tensor, "*batch d"], Shaped[Tensor, "*batch 1"]]:
+    """Mark the same entries by numpy's partition, several times faster than a sort on a CPU.
+
+    Returns the marks and the bits of the k-th magnitude.
+    """
     d = x.shape[-1]
     as_int, drop_sign = BITS[x.dtype]
     bits = x.detach().contiguous().view(as_int).numpy().reshape(-1, d)
@@ -73,7 +91,8 @@ def kept_cpu(x: Float[Tensor, "*batch d"], k: int) -> Bool[Tensor, "*batch d"]:
         above, tied = a[rows] > t[rows], a[rows] == t[rows]
         places = k - np.count_nonzero(above, axis=-1)[:, None]
         keep[rows] = above | (tied & (np.cumsum(tied, axis=-1) <= places))
-    return torch.from_numpy(keep).view(x.shape)
+    last = torch.from_numpy(np.ascontiguousarray(t)).view(*x.shape[:-1], 1)
+    return torch.from_numpy(keep).view(x.shape), last
 
 
 class AbsTopK(nn.Module):

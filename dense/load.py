@@ -1,8 +1,8 @@
 """Open a model by name or folder, from what is on this machine first; refuse what cannot serve.
 
-A folder never touches the network. A name that is wholly in the Hugging Face cache does not
-either; otherwise the hub is asked once whether it answers, within seconds, before anything is
-fetched.
+A folder never touches the network. Nor does a name whose config and weights are in the Hugging
+Face cache: it opens as the folder it is there. Otherwise the hub is asked once whether it answers,
+within seconds, before anything is fetched.
 """
 
 import ssl
@@ -34,11 +34,11 @@ def load(name_or_folder: str | Path, **kwargs: Any) -> tuple[Any, Any]:
     neither cached nor reachable, ValueError when a file is damaged or lacks weights.
     """
     source = str(TINY if str(name_or_folder) == "tiny" else name_or_folder)
-    if missing := _missing_file(source, kwargs):
+    folder, missing = _on_this_machine(source, kwargs)
+    if missing:
         _need_hub(source, missing)
-    else:
-        kwargs["local_files_only"] = True
-    return _model(source, kwargs), _tokenizer(source, kwargs)
+    opened = source if folder is None else str(folder)
+    return _model(opened, kwargs), _tokenizer(opened, kwargs)
 
 
 def _model(source: str, kwargs: dict[str, Any]) -> Any:
@@ -68,38 +68,40 @@ def _tokenizer(source: str, kwargs: dict[str, Any]) -> Any:
     from transformers import AutoTokenizer
     from transformers.utils.hub import cached_file
 
-    ours = ("revision", "cache_dir", "token", "local_files_only", "trust_remote_code")
-    passed = {k: v for k, v in kwargs.items() if k in ours}
-    lookup = {k: v for k, v in passed.items() if k != "trust_remote_code"}
+    keys = ("revision", "cache_dir", "token")
+    where = {k: kwargs[k] for k in keys if k in kwargs}
     for file in _TOKENIZER:
-        if cached_file(source, file, _raise_exceptions_for_missing_entries=False, **lookup):
-            return AutoTokenizer.from_pretrained(source, **passed)
+        if cached_file(source, file, _raise_exceptions_for_missing_entries=False, **where):
+            trusted = bool(kwargs.get("trust_remote_code"))
+            return AutoTokenizer.from_pretrained(source, trust_remote_code=trusted, **where)
     return None
 
 
-def _missing_file(source: str, kwargs: dict[str, Any]) -> str | None:
-    """Return the first needed file that this machine lacks; a folder that lacks one is an error."""
+def _on_this_machine(source: str, kwargs: dict[str, Any]) -> tuple[Path | None, str | None]:
+    """Return the folder that holds `source` here, or None and the first file that is missing.
+
+    A name in the cache is its snapshot folder, so that opening it asks the hub nothing.
+    """
     folder = Path(source).expanduser()
     if folder.is_dir():
-        names = {p.name for p in folder.iterdir()}
-        missing = _first_missing(names)
-        if missing:
+        if missing := _first_missing({p.name for p in folder.iterdir()}):
             hint = (
                 "reinstall the package, or build it with examples/train_dense.py"
                 if folder == TINY
                 else "point to the folder that save_pretrained wrote"
             )
             raise FileNotFoundError(f"{missing} is missing in the folder {source}; {hint}")
-        return None
-    if source == str(TINY) or source.startswith(("/", ".", "~")) or source.count("/") > 1:
+        return folder, None
+    if folder == TINY or source.startswith(("/", ".", "~")) or source.count("/") > 1:
         raise FileNotFoundError(f"there is no folder {source}; {_INSTEAD}")
 
     from huggingface_hub import try_to_load_from_cache
 
     where = {k: kwargs[k] for k in ("revision", "cache_dir") if k in kwargs}
-    files = ("config.json", *_WEIGHTS)
-    cached = {f for f in files if isinstance(try_to_load_from_cache(source, f, **where), str)}
-    return _first_missing(cached)
+    found = {f: try_to_load_from_cache(source, f, **where) for f in ("config.json", *_WEIGHTS)}
+    cached = {f: Path(path) for f, path in found.items() if isinstance(path, str)}
+    missing = _first_missing(set(cached))
+    return (None, missing) if missing else (cached["config.json"].parent, None)
 
 
 def _first_missing(names: set[str]) -> str | None:

@@ -19,7 +19,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 Unit = Literal[
-    "nats", "nats per token", "fraction", "probability", "logits", "ratio", "nodes", "edges"
+    "nats",
+    "nats per token",
+    "fraction",
+    "probability",
+    "logits",
+    "cosine",
+    "ratio",
+    "nodes",
+    "edges",
 ]
 Better = Literal["higher", "lower"]
 LEVEL = 0.95
@@ -207,6 +215,14 @@ def paired(
         better=better,
         detail=dict(detail or {}),
     )
+
+
+def per_pair(x: Float[Tensor, "*draws prompt"]) -> Float[Tensor, "*draws pair"]:
+    """Mean over the two prompts of each pair, the independent unit of a task.
+
+    Prompts i and i + n of a TaskBatch are the two contexts of pair i.
+    """
+    return x.unflatten(-1, (2, -1)).mean(-2)
 
 
 def bootstrap(

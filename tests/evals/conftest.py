@@ -1,0 +1,91 @@
+"""A trained dense model, small sparse twins, and circuits whose worth is known."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from dense import DenseModel
+from sparse.circuit import Circuit
+from sparse.model import SparseGPT, SparseGPTConfig
+from sparse.tasks import get_task, task_nats
+
+
+@pytest.fixture(scope="session")
+def dense():
+    return DenseModel.from_pretrained("tiny")
+
+
+@pytest.fixture(scope="session")
+def task():
+    return get_task("single_double_quote")
+
+
+def sparse_model(dense, seed=0):
+    torch.manual_seed(seed)
+    config = SparseGPTConfig(
+        vocab_size=dense.vocab_size,
+        hidden_size=24,
+        num_hidden_layers=dense.n_layers,
+        num_attention_heads=4,
+        head_dim=4,
+        intermediate_size=32,
+        activation_fraction=0.5,
+        initializer_range=0.2,
+    )
+    return SparseGPT(config).eval()
+
+
+@pytest.fixture(scope="session")
+def sparse(dense, task):
+    """A sparse model that was taught the task's train split, and nothing else."""
+    model = sparse_model(dense)
+    batch = task.batch(dense.tokenizer, "train")
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    rng = torch.Generator().manual_seed(0)
+    for _ in range(60):
+        part = batch.take(torch.randperm(batch.n_pairs, generator=rng)[:24])
+        loss = task_nats(part.scored(model(part.ids).logits), part).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.1
+    return model.eval().requires_grad_(False)
+
+
+def circuit_of(model, task, nodes, kind="zero"):
+    widths = model.node_widths()
+    return Circuit(
+        task=task,
+        nodes=nodes,
+        ablation={at: torch.zeros(width) for at, width in widths.items()},
+        ablation_kind=kind,
+        model_fingerprint=model.fingerprint(),
+        d_head=model.config.head_dim,
+        target_loss=0.15,
+    )
+
+
+@pytest.fixture
+def make_circuit(sparse, task):
+    return lambda nodes, kind="zero": circuit_of(sparse, task, nodes, kind)
+
+
+@pytest.fixture
+def everything(sparse, make_circuit):
+    return make_circuit({at: tuple(range(n)) for at, n in sparse.node_widths().items()})
+
+
+@pytest.fixture
+def blocks(dense):
+    text = open(torch.__file__, encoding="utf-8").read()[:20000]
+    ids = torch.tensor(dense.tokenizer(text)["input_ids"])
+    return ids[: 12 * 32].view(12, 32)
+
+
+@pytest.fixture
+def run(dense, sparse):
+    from bridges.bridge import BridgeConfig, BridgeSet
+
+    bridges = BridgeSet(BridgeConfig.between(dense, sparse, k=12)).eval()
+    return SimpleNamespace(dense=dense, sparse=sparse, bridges=bridges)

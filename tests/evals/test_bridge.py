@@ -1,0 +1,73 @@
+"""Laws of the bridge scores."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bridges.losses import kl_nats, nmse
+from evals.bridge import evaluate_bridge, untrained
+
+
+def named(rows):
+    return {row.name: row for row in rows}
+
+
+@torch.no_grad()
+def test_the_numbers_are_those_of_the_definitions_whatever_the_batch_size(run, blocks):
+    rows = named(evaluate_bridge(run, blocks, draws=1, batch_size=5))
+    h, z = run.dense.residuals(blocks), run.sparse.residuals(blocks)
+    y = run.dense.logits(blocks)
+    for s in run.bridges.config.sites:
+        up, down = run.bridges.encode(s, h[s]), run.bridges.decode(s, z[s])
+        expected = {
+            "encoder FVU": nmse(up, z[s]),
+            "decoder FVU": nmse(down, h[s]),
+            "KL, dense to sparse": kl_nats(y, run.sparse.resume(s, up, blocks)).mean(),
+            "KL, sparse to dense": kl_nats(y, run.dense.resume(s, down, blocks)).mean(),
+        }
+        for name, value in expected.items():
+            assert rows[f"site {s}: {name}"].value == pytest.approx(float(value), rel=1e-4)
+            assert rows[f"site {s}: {name}"].n == len(blocks)
+
+
+def test_a_decoder_fitted_to_the_data_beats_untrained_ones_and_an_untrained_one_does_not(
+    run, blocks
+):
+    site = 2
+    fitted = SimpleNamespace(**vars(run) | {"bridges": copy.deepcopy(run.bridges)})
+    z = run.sparse.residuals(blocks)[site].flatten(0, 1)
+    h = run.dense.residuals(blocks)[site].flatten(0, 1)
+    ones = torch.ones(len(z), 1)
+    w = torch.linalg.lstsq(torch.cat([z, ones], 1), h).solution
+    fitted.bridges.decoders[site].weight.data = w[:-1].T.contiguous()
+    fitted.bridges.decoders[site].bias.data = w[-1]
+    row = named(evaluate_bridge(fitted, blocks, draws=4))[f"site {site}: decoder FVU"]
+    assert row.value < 1 and row.verdict == "beats 4 of 4 untrained bridges"
+    fresh = untrained(run.bridges, 50)
+    null = SimpleNamespace(**vars(run) | {"bridges": fresh})
+    rows = named(evaluate_bridge(null, blocks, draws=20))
+    found = [r.verdict.startswith("beats") for n, r in rows.items() if n.startswith("site")]
+    assert sum(found) <= len(found) // 4
+
+
+def test_untrained_bridges_share_centring_and_scale_and_nothing_else(run, blocks):
+    run.bridges.calibrate(run.dense.residuals(blocks))
+    fresh = untrained(run.bridges, 7)
+    assert torch.equal(fresh.mean, run.bridges.mean) and fresh.scale[0] != 1
+    assert not torch.equal(fresh.decoders[0].weight, run.bridges.decoders[0].weight)
+    assert torch.equal(fresh.decoders[0].weight, untrained(run.bridges, 7).decoders[0].weight)
+
+
+def test_a_trained_model_beats_unigrams_and_a_task_model_does_not(run, blocks):
+    rows = named(evaluate_bridge(run, blocks, draws=1))
+    assert rows["cross entropy, dense"].verdict.startswith("better than unigram")
+    assert rows["cross entropy, sparse"].verdict.startswith("worse than its control")
+    sites = {f"site {s}" for s in run.bridges.config.sites}
+    assert set(rows["loss recovered, dense to sparse"].detail) == sites
+
+
+def test_one_block_is_too_few(run, blocks):
+    with pytest.raises(ValueError, match="at least 2"):
+        evaluate_bridge(run, blocks[:1])

@@ -1,0 +1,73 @@
+"""Laws of a circuit's scores: whole and empty circuits, and one that was really found."""
+
+import pytest
+import torch
+
+from evals.circuit import evaluate_circuit, nonsense_at_size
+from sparse.prune import PruneConfig, prune
+from sparse.tasks import task_nats
+
+QUICK = PruneConfig(ablation="zero", n_steps=80, lr=5e-2, clean_up=0.0, target_loss=0.3)
+
+
+def named(rows):
+    return {row.name: row for row in rows}
+
+
+@pytest.fixture(scope="module")
+def found(sparse, task, dense):
+    return prune(sparse, task, QUICK, tokenizer=dense.tokenizer)
+
+
+def test_the_whole_model_is_a_sufficient_circuit_and_so_is_its_control(
+    sparse, everything, task, dense
+):
+    batch = task.batch(dense.tokenizer, "test")
+    full = float(task_nats(batch.scored(sparse(batch.ids).logits), batch).mean())
+    rows = named(evaluate_circuit(sparse, everything, dense.tokenizer, draws=3))
+    row = rows["sufficiency, zero ablation"]
+    assert row.value == pytest.approx(full, abs=1e-5)
+    assert row.detail["full model"] == pytest.approx(full, abs=1e-5)
+    assert (row.gap, row.rank, row.n) == (0.0, 0, batch.n_pairs)
+    assert row.verdict.startswith("not distinguishable")
+    assert rows["KL(full || circuit)"].value == pytest.approx(0, abs=1e-6)
+    assert rows["necessity"].value == pytest.approx(row.detail["everything ablated"], abs=1e-6)
+
+
+def test_a_circuit_that_was_found_beats_random_ones_and_is_necessary(sparse, found, dense):
+    rows = named(evaluate_circuit(sparse, found, dense.tokenizer, draws=20))
+    assert (
+        rows["sufficiency, zero ablation"].verdict == "beats 20 of 20 random circuits of equal size"
+    )
+    assert rows["necessity"].verdict.startswith("beats 20 of 20 random sets")
+    assert rows["edges among its nodes"].value == len(found.edges(sparse))
+    assert rows["nodes"].control == found.n_total
+    assert "mean ablation" not in " ".join(rows)
+
+
+def test_control_a_random_circuit_is_called_nothing(sparse, found, dense):
+    rows = named(evaluate_circuit(sparse, found.random(sparse, 99), dense.tokenizer, draws=20))
+    assert not rows["sufficiency, zero ablation"].verdict.startswith("beats")
+
+
+def test_the_second_kind_of_ablation_is_a_row_of_its_own(sparse, found, dense):
+    means = {at: torch.full((n,), 0.1) for at, n in sparse.node_widths().items()}
+    rows = named(evaluate_circuit(sparse, found, dense.tokenizer, draws=2, means=means))
+    zero, mean = (rows[f"sufficiency, {kind} ablation"] for kind in ("zero", "mean"))
+    assert zero.value != mean.value
+
+
+def test_the_nonsense_twin_of_equal_size_stands_beside_the_circuit(sparse, found, dense):
+    twin = nonsense_at_size(sparse, found, dense.tokenizer)
+    assert len(twin) == len(found) and twin.task.name == "single_double_quote:nonsense"
+    rows = evaluate_circuit(sparse, found, dense.tokenizer, draws=2, equal_size=twin)
+    row = next(r for r in rows if r.name.startswith("nonsense twin"))
+    assert f"{len(found)} nodes" in row.name and row.n_draws == 1
+    assert row.verdict.startswith("better than the nonsense twin's circuit")
+
+
+def test_a_circuit_of_another_model_is_refused(sparse, found, dense):
+    from dataclasses import replace
+
+    with pytest.raises(ValueError, match="fingerprint"):
+        evaluate_circuit(sparse, replace(found, model_fingerprint="0"), dense.tokenizer)

@@ -1,0 +1,123 @@
+"""Laws of the transfer scores: planted effects, planted nulls, exact norms, one engine."""
+
+import pytest
+import torch
+
+from dense import Edit, run_edited
+from evals.bench import Bench, random_like
+from evals.transfer import evaluate_transfer, measure_transfer
+
+
+class Planted:
+    """A mapped circuit whose delta is `share` of the true dense difference, at one site."""
+
+    def __init__(self, dense, sparse, circuit, share, site=2):
+        self.dense, self.sparse, self.circuit, self.site = dense, sparse, circuit, site
+        self.share = share
+        self.engine_error = 0.0
+
+    def delta_steer(self, ids, counterfactual_ids, nodes=None, site=None):
+        here, there = (self.dense.residuals(x)[self.site] for x in (ids, counterfactual_ids))
+        true = there - here
+        if nodes is not None or self.share is None:
+            return random_like(true, 12345 + (len(nodes) if nodes else 0))
+        return self.share * true
+
+    def delta_ablate(self, ids, nodes=None, kind="mean", site=None):
+        h = self.dense.residuals(ids)[self.site]
+        if nodes is not None or self.share is None:
+            return random_like(0.3 * h, 999)
+        return 0.8 * (h.mean((0, 1)) - h)
+
+    def steer(self, ids, counterfactual_ids, strength=1.0):
+        delta = self.delta_steer(ids, counterfactual_ids)
+        edit = Edit(site=self.site, direction=delta, amount=strength + self.engine_error)
+        return run_edited(self.dense, ids, [edit])
+
+
+FEW = {"max_pairs": 12, "strengths": (0.5, 1, 2), "circuit_draws": 3, "node_draws": 3}
+
+
+@pytest.fixture
+def plant(dense, sparse, make_circuit):
+    circuit = make_circuit({"0.mlp.post_act": (0, 1, 2)})
+    return lambda share, site=2: Planted(dense, sparse, circuit, share, site)
+
+
+@pytest.fixture
+def bench(plant, task, dense):
+    return Bench(plant(1.0), task, dense.tokenizer, "test", 6)
+
+
+def test_random_directions_have_the_delta_s_norm_at_every_token():
+    delta = torch.randn(4, 5, 16, generator=torch.Generator().manual_seed(0))
+    delta[1, 2] = 0
+    drawn = random_like(delta, 3)
+    torch.testing.assert_close(drawn.norm(dim=-1), delta.norm(dim=-1))
+    assert torch.equal(drawn, random_like(delta, 3)) and not torch.equal(
+        drawn, random_like(delta, 4)
+    )
+    cosines = torch.stack(
+        [torch.cosine_similarity(random_like(delta, i), delta, dim=-1)[0] for i in range(300)]
+    )
+    assert cosines.mean().abs() < 0.03 and 0.15 < cosines.std() < 0.35  # 1/sqrt(16)
+
+
+def test_the_fast_engine_is_the_nnsight_path(bench):
+    for seed in range(3):
+        delta = random_like(bench.delta, seed)
+        edits = [Edit(site=bench.site, direction=delta)]
+        slow = bench.batch.scored(run_edited(bench.dense, bench.ids, edits))
+        fast = list(bench.many([delta, 0 * delta, delta]))
+        assert (fast[0] - slow).abs().max() < 1e-5 and (fast[2] - slow).abs().max() < 1e-5
+        control = list(bench.many([0 * delta]))[0]
+        assert (control - slow).abs().max() > 1e-2
+
+
+def test_strength_zero_is_exactly_the_untouched_model(bench):
+    plain = bench.batch.scored(bench.dense.logits(bench.ids))
+    assert torch.equal(bench.logits(0 * bench.delta), plain)
+
+
+def test_a_full_patch_planted_as_a_circuit_beats_every_random_direction(plant, task):
+    done = measure_transfer(plant(1.0), task, draws=100, **FEW)
+    rows = {row.name: row for row in done.scores}
+    row = rows["steering, strength 1, v. directions"]
+    assert row.verdict == "beats 100 of 100 random directions of equal norm"
+    assert row.value == pytest.approx(row.detail["full activation patch"], abs=1e-5)
+    assert row.value > row.detail["untouched"] + 0.1
+    assert rows["cosine of delta with the true dense difference"].value == pytest.approx(1)
+    assert rows["norm of delta over that of the true difference"].value == pytest.approx(1)
+
+
+def test_control_a_random_delta_planted_as_a_circuit_beats_nothing(plant, task):
+    rows = {row.name: row for row in evaluate_transfer(plant(None), task, draws=30, **FEW)}
+    assert not rows["steering, strength 1, v. directions"].verdict.startswith("beats")
+    assert not rows["ablation, v. directions"].verdict.startswith("beats")
+    assert abs(rows["cosine of delta with the true dense difference"].value) < 0.1
+
+
+def test_the_curve_starts_untouched_and_holds_every_draw(plant, task):
+    (curve,) = measure_transfer(plant(0.5), task, draws=9, curve_draws=7, **FEW).curves
+    assert curve.x == (0.0, 0.5, 1.0, 2.0)
+    draws = [draw for lines in curve.controls.values() for draw in lines]
+    assert len(draws) == 7 + 3 and {draw[0] for draw in draws} == {curve.value[0]}
+    patch = curve.references["full activation patch"]
+    assert curve.value[3] == pytest.approx(patch[3], abs=1e-5)  # 2 x 0.5 of the difference
+
+
+def test_the_best_strength_comes_from_validation_and_says_so(plant, task):
+    rows = [row.name for row in evaluate_transfer(plant(0.5), task, draws=2, **FEW)]
+    assert "steering, strength 2, best on validation, v. directions" in rows
+
+
+def test_an_engine_that_disagrees_with_the_public_path_is_refused(plant, task):
+    broken = plant(1.0)
+    broken.engine_error = 0.1
+    with pytest.raises(ValueError, match="differ by"):
+        evaluate_transfer(broken, task, draws=2, **FEW)
+
+
+def test_strengths_without_one_are_refused(plant, task):
+    with pytest.raises(ValueError, match="hold 1"):
+        evaluate_transfer(plant(1.0), task, strengths=(0.5, 2))

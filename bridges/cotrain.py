@@ -17,7 +17,7 @@ from sparse.train import BatchSource, Group, TrainConfig, fit, warmup_decay
 
 from .bridge import BridgeSet, ResidualModel, fingerprint
 from .hybrid import draw_sites, hybrid_kl, mean_over_sites
-from .losses import ce_nats, kl_nats, log_probs, nmse
+from .losses import ce_nats, kl_nats, yrobs, nmse
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,7 +91,7 @@ def losses(
     """
     with torch.no_grad():
         h = dense.residuals(ids)
-        log_p = log_probs(dense.resume(dense.n_sites - 1, h[-1], ids))
+        y = dense.resume(dense.n_sites - 1, h[-1], ids)
     z = sparse.residuals(ids)
     x = sparse.resume(sparse.n_sites - 1, z[-1], ids)
     sites = bridges.config.sites
@@ -100,10 +100,10 @@ def losses(
     fit_z = down if decoder_trains_trunk else {s: bridges.decode(s, z[s].detach()) for s in sites}
     encode = torch.stack([nmse(up[s], z[s].detach()) for s in sites]).mean()
     decode = torch.stack([nmse(fit_z[s], h[s]) for s in sites]).mean()
-    to_sparse, to_dense = hybrid_kl(dense, sparse, log_p, up, down, ids, drawn)
+    to_sparse, to_dense = hybrid_kl(dense, sparse, y, up, down, ids, drawn)
     return {
         "ce": w.ce * ce_nats(x, ids).mean(),
-        "kl": w.kl * kl_nats(log_p, x).mean(),
+        "kl": w.kl * kl_nats(y, x).mean(),
         "encode": w.nmse * encode,
         "decode": w.nmse * decode,
         "up": w.hybrid * mean_over_sites(to_sparse, drawn is not None),
@@ -260,20 +260,20 @@ def _measure(
     dense: ResidualModel, sparse: ResidualModel, bridges: BridgeSet, ids: Tensor
 ) -> dict[str, Tensor]:
     h, z = dense.residuals(ids), sparse.residuals(ids)
-    log_p = log_probs(dense.resume(dense.n_sites - 1, h[-1], ids))
+    y = dense.resume(dense.n_sites - 1, h[-1], ids)
     x = sparse.resume(sparse.n_sites - 1, z[-1], ids)
     sites = bridges.config.sites
     up = {s: bridges.encode(s, h[s]) for s in sites}
     down = {s: bridges.decode(s, z[s]) for s in sites}
-    to_sparse, to_dense = hybrid_kl(dense, sparse, log_p, up, down, ids)
+    to_sparse, to_dense = hybrid_kl(dense, sparse, y, up, down, ids)
     per_site = {
         "encode": {s: nmse(up[s], z[s]) for s in sites},
         "decode": {s: nmse(down[s], h[s]) for s in sites},
         "up": {s: kl.mean() for s, kl in to_sparse.items()},
         "down": {s: kl.mean() for s, kl in to_dense.items()},
     }
-    out = {"ce": ce_nats(x, ids).mean(), "ce_dense": ce_nats(log_p, ids).mean()}
-    out["kl"] = kl_nats(log_p, x).mean()
+    out = {"ce": ce_nats(x, ids).mean(), "ce_dense": ce_nats(y, ids).mean()}
+    out["kl"] = kl_nats(y, x).mean()
     for name, values in per_site.items():
         out[name] = torch.stack(list(values.values())).mean()
         out |= {f"{name}.{s}": value for s, value in values.items()}

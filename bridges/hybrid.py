@@ -32,7 +32,7 @@ def draw_sites(
 def hybrid_kl(
     dense: ResidualModel,
     sparse: ResidualModel,
-    log_p: Float[Tensor, "batch pos vocab"],
+    y: Float[Tensor, "batch pos vocab"],
     up: dict[int, Float[Tensor, "batch pos d_sparse"]],
     down: dict[int, Float[Tensor, "batch pos d_dense"]],
     ids: Int[Tensor, "batch pos"],
@@ -40,7 +40,7 @@ def hybrid_kl(
 ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
     """Return the two hybrid KLs at every site as (batch, pos) tensors, {site: kl} each.
 
-    `log_p` are the dense model's log-probabilities, `up` the encoded dense residuals and `down`
+    `y` are the dense logits, `up` the encoded dense residuals and `down`
     the decoded sparse ones.
     With `drawn`, sequence b is resumed at its own site drawn[b] only, and a site's tensors hold the
     rows that drew it; sites nobody drew are absent.
@@ -50,8 +50,8 @@ def hybrid_kl(
         rows = slice(None) if drawn is None else (drawn == s).nonzero()[:, 0].to(ids.device)
         if drawn is not None and len(rows) == 0:  # pyright: ignore[reportArgumentType]
             continue
-        to_sparse[s] = kl_nats(log_p[rows], sparse.resume(s, up[s][rows], ids[rows]))
-        to_dense[s] = kl_nats(log_p[rows], dense.resume(s, down[s][rows], ids[rows]))
+        to_sparse[s] = kl_nats(y[rows], sparse.resume(s, up[s][rows], ids[rows]))
+        to_dense[s] = kl_nats(y[rows], dense.resume(s, down[s][rows], ids[rows]))
     return to_sparse, to_dense
 
 

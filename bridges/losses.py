@@ -13,24 +13,25 @@ def log_probs(logits: Float[Tensor, "*batch vocab"]) -> Float[Tensor, "*batch vo
 
 
 def kl_nats(
-    log_p: Float[Tensor, "*batch vocab"], logits: Float[Tensor, "*batch vocab"]
+    target: Float[Tensor, "*batch vocab"], logits: Float[Tensor, "*batch vocab"]
 ) -> Float[Tensor, "*batch"]:
-    """Return KL(p || q) at each position in nats, q from `logits`.
+    """Return KL(p || q) at each position in nats, p from `target` and q from `logits`.
 
         KL = sum_v p_v (log p_v - log q_v),     d KL / d logits = q - p
 
-    `log_p` are the target's log-probabilities, a constant (no gradient reaches them). One number
-    per position: the caller writes the mean.
+    Both may be logits or log-probabilities; the target is a constant (no gradient reaches it). One
+    number per position: the caller writes the mean.
     """
-    return _KL.apply(log_p, logits)  # pyright: ignore[reportReturnType]
+    return _KL.apply(target, logits)  # pyright: ignore[reportReturnType]
 
 
 class _KL(torch.autograd.Function):
     """The gradient in closed form: half the passes over the vocabulary that autograd would make."""
 
     @staticmethod
-    def forward(ctx, log_p: Tensor, logits: Tensor) -> Tensor:
-        p, log_q = log_p.exp(), log_probs(logits)
+    def forward(ctx, target: Tensor, logits: Tensor) -> Tensor:
+        log_p, log_q = log_probs(target), log_probs(logits)
+        p = log_p.exp()
         ctx.save_for_backward(p, log_q)
         ctx.dtype = logits.dtype
         return torch.linalg.vecdot(p, log_p - log_q)

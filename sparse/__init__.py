@@ -3,12 +3,36 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .activation import abs_topk
+from .circuit import Circuit
 from .config import SparseGPTConfig
+from .corpus import load_corpus
+from .data import Batches, pack
 from .model import SparseGPT, SparseGPTModel
+from .project import Anneal, SparsityConfig, project_
+from .prune import PruneConfig, prune
+from .tasks import Task, get_task, task_names
+from .train import TrainConfig
 
 __version__ = "0.1.0"
 __sparse_bridges__ = "sparse"
-__all__ = ["SparseGPT", "SparseGPTConfig", "abs_topk"]
+__all__ = [
+    "Anneal",
+    "Batches",
+    "Circuit",
+    "PruneConfig",
+    "SparseGPT",
+    "SparseGPTConfig",
+    "SparsityConfig",
+    "Task",
+    "TrainConfig",
+    "abs_topk",
+    "get_task",
+    "load_corpus",
+    "pack",
+    "project_",
+    "prune",
+    "task_names",
+]
 
 
 class SparseArray:

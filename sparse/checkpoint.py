@@ -60,9 +60,14 @@ def read_folder(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, A
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file atomically: what was there before stays until the new one is whole."""
     aside = path.with_name(f"{path.name}.partial")
     try:
-        aside.write_text(text)
+        aside.write_bytes(content)
         _sync(aside)
         os.replace(aside, path)
     except OSError as error:

@@ -1,0 +1,141 @@
+"""A run folder: a sparse model, its bridges and circuits, and where everything came from.
+
+RUN/manifest.json            dense model (name, fingerprint), settings, data, versions
+RUN/sparse/                  config, safetensors, tokenizer, node_means.safetensors
+RUN/bridges/                 state.json, bridges.safetensors
+RUN/heldout.safetensors      validation blocks that no training step saw
+RUN/circuits/<task>/         circuit.json, circuit.safetensors
+RUN/log.jsonl, checkpoints/  what training wrote
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from platform import python_version
+from typing import Any
+
+from jaxtyping import Int
+from safetensors.torch import load, save
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from dense import DenseModel
+from sparse.checkpoint import write_bytes, write_text
+from sparse.circuit import Circuit
+from sparse.mask import node_means, save_means
+from sparse.model import SparseGPT
+
+from .bridge import BridgeSet
+
+SCHEMA_VERSION = 1
+PACKAGES = ("torch", "transformers", "accelerate", "nnsight", "safetensors", "scipy", "numpy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What `load_run` opens."""
+
+    folder: Path
+    dense: DenseModel
+    sparse: SparseGPT
+    bridges: BridgeSet
+    tokenizer: Any
+    manifest: dict[str, Any]
+
+    def circuits(self) -> dict[str, Circuit]:
+        """Return the circuits saved in the run, by task name."""
+        found = sorted((self.folder / "circuits").glob("*/circuit.json"))
+        loaded = (Circuit.load(path.parent) for path in found)
+        return {circuit.task.name: circuit for circuit in loaded}
+
+    def circuit_folder(self, task_name: str) -> Path:
+        """Return where the circuit for a task is, or goes."""
+        return self.folder / "circuits" / task_name.replace(":", "-")
+
+    def heldout(self) -> Int[Tensor, "block pos"]:
+        """Return the run's validation blocks."""
+        return load((self.folder / "heldout.safetensors").read_bytes())["blocks"]
+
+    def log(self) -> list[dict[str, float]]:
+        """Return the lines of the training log."""
+        return [json.loads(x) for x in (self.folder / "log.jsonl").read_text().splitlines()]
+
+
+def save_run(
+    folder: str | Path,
+    dense: DenseModel,
+    sparse: SparseGPT,
+    bridges: BridgeSet,
+    *,
+    heldout: Int[Tensor, "block pos"],
+    means_from: Int[Tensor, "block pos"],
+    facts: dict[str, Any],
+) -> Run:
+    """Write a run folder and return it opened.
+
+    `means_from` is the text over which the node means are taken (training text), `heldout` the
+    blocks later evaluations use, `facts` whatever the manifest should say besides (settings, data,
+    command). The dense model's tokenizer is saved beside the sparse model.
+    """
+    folder = Path(folder)
+    if dense.tokenizer is None:
+        raise ValueError(
+            "save_run: the dense model has no tokenizer, so the run could not be used without it; "
+            "open it with DenseModel(model, tokenizer)"
+        )
+    sparse.save_pretrained(folder / "sparse")
+    dense.tokenizer.save_pretrained(folder / "sparse")
+    save_means(folder / "sparse", node_means(sparse, means_from))
+    bridges.dense_fingerprint = dense.fingerprint
+    bridges.sparse_fingerprint = sparse.fingerprint()
+    bridges.save(folder / "bridges")
+    write_bytes(folder / "heldout.safetensors", save({"blocks": heldout.contiguous()}))
+    manifest = {
+        "schema_version": SCHEMA_VERSION,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "dense": {"name": str(dense.name), "fingerprint": dense.fingerprint},
+        "sparse": {"fingerprint": sparse.fingerprint()},
+        "versions": {"python": python_version()} | {name: version(name) for name in PACKAGES},
+        **facts,
+    }
+    write_text(folder / "manifest.json", json.dumps(manifest, indent=1))
+    return load_run(folder, dense)
+
+
+def load_run(folder: str | Path, dense: DenseModel | None = None) -> Run:
+    """Open a run folder; the dense model is loaded by the name in the manifest unless given.
+
+    A dense model other than the one the bridges were trained with is refused by fingerprint.
+    """
+    folder = Path(folder)
+    path = folder / "manifest.json"
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} is no run folder: {path.name} is missing; pass the --output_dir of "
+            "examples/train_bridge.py after it has finished training"
+        )
+    try:
+        manifest = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is broken ({error}); restore it or train again") from error
+    if (found := manifest.get("schema_version")) != SCHEMA_VERSION:
+        raise ValueError(
+            f"{path} has schema version {found}, this library reads {SCHEMA_VERSION}; update the "
+            "library or train again"
+        )
+    dense = dense or DenseModel.from_pretrained(manifest["dense"]["name"])
+    sparse = SparseGPT.from_pretrained(folder / "sparse").eval()
+    bridges = BridgeSet.load(folder / "bridges")
+    bridges.check(dense, sparse)
+    return Run(
+        folder=folder,
+        dense=dense,
+        sparse=sparse.to(dense.device),  # pyright: ignore[reportArgumentType]
+        bridges=bridges.to(dense.device),
+        tokenizer=AutoTokenizer.from_pretrained(folder / "sparse"),
+        manifest=manifest,
+    )

@@ -17,7 +17,7 @@ from sparse.train import BatchSource, Group, TrainConfig, fit, warmup_decay
 
 from .bridge import BridgeSet, ResidualModel, fingerprint
 from .hybrid import draw_sites, hybrid_kl, mean_over_sites
-from .losses import ce_nats, kl_nats, yrobs, nmse
+from .losses import ce_nats, kl_nats, nmse
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

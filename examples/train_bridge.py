@@ -1,0 +1,158 @@
+"""The main job: co-train a weight-sparse twin and its bridges, prune circuits, test them.
+
+    accelerate launch examples/train_bridge.py --dense tiny
+    accelerate launch examples/train_bridge.py --dense gpt2 --dataset text/ --output_dir runs/gpt2
+
+Writes a run folder: the twin, the bridges, a circuit per task with its nonsense twin, and a report
+of every claim beside its control. Started again with the same settings it resumes.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+PRESETS = {  # what the run costs: steps x batch x length tokens, twin width = expansion x dense
+    "smoke": {"steps": 6, "batch": 4, "length": 32, "expansion": 0.25, "prune_steps": 4},
+    "demo": {"steps": 500, "batch": 16, "length": 128, "expansion": 2, "prune_steps": 200},
+    "long": {"steps": 4000, "batch": 16, "length": 128, "expansion": 2, "prune_steps": 600},
+}
+
+
+def parse() -> argparse.Namespace:
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("--dense", default="tiny", help="tiny, a Hugging Face name, or a folder")
+    p.add_argument("--dataset", help="file, folder or dataset name; default: Python's own sources")
+    p.add_argument("--output_dir", help="default: runs/<dense>-<preset>")
+    p.add_argument("--preset", choices=PRESETS, default="demo", help="how long to train")
+    p.add_argument("--steps", type=int, help="optimizer steps, instead of the preset's")
+    p.add_argument("--batch", type=int, help="sequences per step, over all processes")
+    p.add_argument("--length", type=int, help="tokens per sequence")
+    p.add_argument("--expansion", type=float, help="width of the twin over the dense width")
+    p.add_argument("--density", type=float, default=1 / 16, help="weights kept in the matrices")
+    p.add_argument("--prune_steps", type=int, help="optimizer steps of the pruning")
+    p.add_argument("--tasks", nargs="*", help="tasks to prune for; default: all that fit")
+    p.add_argument("--mixed_precision", choices=["no", "bf16"], default="no")
+    p.add_argument("--seed", type=int, default=0)
+    args = p.parse_args()
+    for name, value in PRESETS[args.preset].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.output_dir = args.output_dir or f"runs/{Path(args.dense).name}-{args.preset}"
+    return args
+
+
+def main() -> None:
+    args = parse()
+    from accelerate import Accelerator
+
+    from bridges import BridgeSet, cotrain, save_run
+    from dense import DenseModel
+    from sparse import Batches
+
+    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    say = accelerator.print
+    say(f"{accelerator.num_processes} process(es) on {accelerator.device}")
+    dense = DenseModel.from_pretrained(args.dense)
+    say(dense.describe())
+    train, heldout, facts = read_text(args, dense.tokenizer)
+    say(f"text: {facts['data']['name']}, {train.numel():,} training tokens")
+    sparse, config, shape = design(args, dense)
+    say(f"twin: {sparse.num_parameters():,} parameters, {config.sparsity.density:.4f} kept")
+    bridges = BridgeSet(shape, seed=args.seed)
+    batches = Batches(train, args.batch, args.seed)
+    cotrain(dense, sparse, bridges, batches, config, heldout.split(16)[:4], accelerator)
+    if accelerator.is_main_process:
+        facts |= {"command": " ".join(sys.argv), "arguments": vars(args)}
+        run = save_run(
+            args.output_dir,
+            dense,
+            sparse,
+            bridges,
+            heldout=heldout,
+            means_from=train[:256],
+            facts=facts,
+        )
+        find_circuits(args, run, say)
+        report(args, run, say)
+    accelerator.end_training()
+
+
+def read_text(args, tokenizer):
+    """Training blocks, held-out blocks, and what to say of them."""
+    from sparse import load_corpus, pack
+
+    if tokenizer is None:
+        sys.exit(f"{args.dense} has no tokenizer; save one beside the model's weights")
+    corpus = load_corpus(args.dataset)
+    cache = Path(args.output_dir) / "tokens"
+    train = pack(corpus.train, tokenizer, args.length, cache=cache / "train.safetensors")
+    heldout = pack(corpus.validation, tokenizer, args.length, cache=cache / "heldout.safetensors")
+    data = {"name": corpus.name, "fingerprint": corpus.fingerprint, "tokens": train.numel()}
+    return train, heldout[:64], {"data": data}
+
+
+def design(args, dense):
+    """The twin, its training and the bridges' shape."""
+    import torch
+
+    from bridges import BridgeConfig, CotrainConfig
+    from sparse import SparseGPT, SparseGPTConfig, SparsityConfig, TrainConfig
+
+    width = max(16, int(args.expansion * dense.d_resid) // 16 * 16)
+    torch.manual_seed(args.seed)
+    sparse = SparseGPT(
+        SparseGPTConfig(
+            vocab_size=dense.vocab_size,
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_hidden_layers=dense.n_layers,
+            num_attention_heads=width // 16,
+            head_dim=16,
+            max_position_embeddings=max(256, args.length),
+            positions="learned",
+            eos_token_id=dense.tokenizer.eos_token_id,
+        )
+    )
+    config = CotrainConfig(
+        train=TrainConfig(
+            steps=args.steps,
+            folder=args.output_dir,
+            seed=args.seed,
+            evaluate_every=max(1, args.steps // 10),
+            checkpoint_every=max(1, min(100, args.steps // 5)),
+            mixed_precision=args.mixed_precision,
+        ),
+        sparsity=SparsityConfig(density=args.density, embedding_density=min(1, 4 * args.density)),
+    )
+    return sparse, config, BridgeConfig.between(dense, sparse, k=width // 4)
+
+
+def find_circuits(args, run, say) -> None:
+    """Prune a circuit for every task and for its nonsense twin; keep those already there."""
+    from sparse import PruneConfig, get_task, prune, task_names
+
+    config = PruneConfig(n_steps=args.prune_steps, seed=args.seed)
+    done = run.circuits()
+    for name in args.tasks if args.tasks is not None else task_names():
+        for task in (get_task(name), get_task(f"{name}:nonsense")):
+            if task.name in done:
+                continue
+            try:
+                circuit = prune(run.sparse, task, config)
+            except ValueError as error:
+                say(f"{task.name} cannot be done here: {error}")
+                break
+            circuit.save(run.circuit_folder(task.name))
+            say(str(circuit))
+
+
+def report(args, run, say) -> None:
+    """Test everything beside its controls, print the table and what to do next."""
+
+
+if __name__ == "__main__":
+    main()

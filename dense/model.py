@@ -21,7 +21,8 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from dense.load import TINY, load, refuse_unsuitable
-from dense.sites import Layout, probe, probe_ids, prove
+from dense.proof import prove
+from dense.sites import Layout, probe, probe_ids
 from dense.twin import (
     Blank,
     answer,
@@ -63,7 +64,8 @@ class DenseModel:
         self.layout: Layout = probe(model)
         self._forward_takes = set(inspect.signature(type(model).forward).parameters)
         self._passing = [forwarding(b, self._pass) for b in self.layout.blocks]
-        prove(self.model, self.layout, self.residuals(probe_ids(self.model)), self.resume)
+        ids = probe_ids(self.model)[:1].expand(self.n_sites, -1)
+        prove(self.model, self.layout, self.residuals(ids), self.resume)
 
     @classmethod
     def from_pretrained(cls, name_or_folder: str | Path, **kwargs: Any) -> "DenseModel":

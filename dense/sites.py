@@ -1,4 +1,4 @@
-"""Find the residual sites of any decoder by probing it, and prove them on the model in hand.
+"""Find the residual sites of any decoder by probing the model in hand.
 
 Site 0 is after the embeddings, 2i+1 after the attention of block i, 2i+2 after its MLP. A block has
 a site inside it when silencing one sublayer at a time splits it exactly:
@@ -10,16 +10,15 @@ Blocks whose sublayers read the same stream (parallel) or which normalise the st
 (post-norm) have no such point: such a model has the L+1 sites between its blocks.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import permutations
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from dense.twin import Silent, answer, arity, first, take_hidden, twin
+from dense.twin import Silent, arity, first, take_hidden, twin
 
 # Names only seed the search; every pair of children is tried after them.
 _ATTENTION = ("self_attn", "attn", "self_attention", "attention", "linear_attn", "mixer")
@@ -73,6 +72,11 @@ def perturbation(h: Tensor, seed: int = 0) -> Tensor:
     return noise.to(h) * h.float().square().mean().sqrt().to(h.dtype)
 
 
+def allowed_error(x: Tensor) -> float:
+    """Relative error that rounding may cause in another batch or order of summation."""
+    return 1e-3 if x.dtype == torch.float32 else 5e-2
+
+
 def probe_ids(model: Any) -> Tensor:
     """Return the two short random sequences on which a model is probed."""
     embedding = model.get_input_embeddings()
@@ -88,7 +92,7 @@ def find_blocks(model: Any) -> tuple[str, tuple[nn.Module, ...]]:
     fitting = [(p, m) for p, m in lists if len(m) == n_layers]
     if not fitting:
         raise SiteError(
-            f"{_kind(model)}: the config says {n_layers} layers, but no ModuleList has that "
+            f"{family(model)}: the config says {n_layers} layers, but no ModuleList has that "
             f"length; found {[(p, len(m)) for p, m in lists]}"
         )
     path, members = min(fitting, key=lambda found: (found[0].count("."), len(found[0])))
@@ -109,15 +113,15 @@ def probe(model: nn.Module) -> Layout:
         h, args, kwargs = take_hidden(calls[k].args, calls[k].kwargs)
         if h.ndim != 3:
             raise SiteError(
-                f"{_kind(model)}: the residual entering block {k} has shape {tuple(h.shape)}; "
+                f"{family(model)}: the residual entering block {k} has shape {tuple(h.shape)}; "
                 "only a single stream of shape (batch, pos, d) can be bridged"
             )
         run = _Runner(h + perturbation(h, k), args, kwargs)
-        splits.append(_split(f"{_kind(model)}, block {k}", block, children[k], run))
+        splits.append(_split(f"{family(model)}, block {k}", block, children[k], run))
     kinds = {composition for composition, _ in splits}
     if len(kinds) > 1:
         raise SiteError(
-            f"{_kind(model)}: blocks are composed differently "
+            f"{family(model)}: blocks are composed differently "
             f"({[composition for composition, _ in splits]}); sites need one kind"
         )
     return Layout(
@@ -130,7 +134,7 @@ def probe(model: nn.Module) -> Layout:
     )
 
 
-def _kind(model: Any) -> str:
+def family(model: Any) -> str:
     return str(model.config.model_type)
 
 
@@ -159,7 +163,7 @@ def _watch(
         for handle in handles:
             handle.remove()
     if missing := sorted(set(range(len(blocks))) - calls.keys()):
-        raise SiteError(f"{_kind(model)}: blocks {missing} were not called by the model")
+        raise SiteError(f"{family(model)}: blocks {missing} were not called by the model")
     return [calls[k] for k in range(len(blocks))], children
 
 
@@ -199,7 +203,7 @@ def _split(
         sequential   mlp_half(attn_half(h)) = block(h)
         parallel     attn_half(h) + mlp_half(h) - h = block(h)
     """
-    full, tolerance = run(block), 1e-3 if run.h.dtype == torch.float32 else 5e-2
+    full, tolerance = run(block), allowed_error(run.h)
     tried: list[str] = []
     rescaled = False
     for a, m in _pairs(children, run.h.shape[-1]):
@@ -239,92 +243,3 @@ def _trimmed(
             if torch.equal(run(idle, h), want):
                 half = idle
     return half
-
-
-@torch.no_grad()
-def prove(
-    model: Any,
-    layout: Layout,
-    stream: list[Tensor],
-    resume: Callable[[int, Tensor, Tensor], Tensor],
-) -> None:
-    """Raise SiteError unless resuming from a perturbed residual is what the model itself does.
-
-    `stream` is the clean residual at every site for `probe_ids`. At each site, the logits of
-    `resume` are compared with those of the original model in which the very tensor at the site is
-    replaced (`substituted`, which knows nothing of twins). The residual must be perturbed: a
-    stale cache, for one, reproduces the clean run and nothing else. The error is relative to the
-    effect of the perturbation on the logits.
-    """
-    ids = probe_ids(model)
-    clean = model(input_ids=ids, use_cache=False).logits
-    allowed = 1e-3 if clean.dtype == torch.float32 else 5e-2
-    for site, h in enumerate(stream):
-        moved = h + perturbation(h, 1000 + site)
-        want = substituted(model, layout, site, h, moved, ids)
-        got = resume(site, moved, ids)
-        error = ((got - want).norm() / (want - clean).norm()).item()
-        if not error <= allowed:  # NaN fails too
-            raise SiteError(
-                f"{_kind(model)}: resuming from a perturbed residual at site {site} of "
-                f"0..{len(stream) - 1} is off by {error:.1e} of the perturbation's effect, "
-                f"allowed {allowed:.0e} ({layout.composition} blocks at {layout.path!r})"
-            )
-
-
-class _Substitute(TorchFunctionMode):
-    """While active, replaces the first result of any operation that equals `old` by `new`."""
-
-    def __init__(self, old: Tensor, new: Tensor) -> None:
-        super().__init__()
-        self.old, self.new, self.active, self.done = old, new, False, False
-
-    def __torch_function__(
-        self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if self.active and isinstance(out, Tensor) and out.numel() == self.old.numel():
-            self.active = False  # the comparison below must not come back here
-            self.done = torch.equal(out.reshape(self.old.shape), self.old)
-            self.active = not self.done
-            return self.new.reshape(out.shape) if self.done else out
-        return out
-
-
-def substituted(
-    model: Any, layout: Layout, site: int, old: Tensor, new: Tensor, ids: Tensor
-) -> Tensor:
-    """Return the original model's logits with the residual at `site` replaced, without twins.
-
-    Between blocks a hook replaces what enters or leaves the block. Inside one, the operation of
-    the family's code whose result is `old` bit for bit returns `new` to everyone who reads it.
-    """
-    mids = bool(layout.halves)
-    k, mid = divmod(site, 2) if mids else (site, 0)
-    swap = _Substitute(old, new)
-    if mid:
-        begin = layout.blocks[k].register_forward_pre_hook(lambda *_: setattr(swap, "active", True))
-        end = layout.blocks[k].register_forward_hook(lambda *_: setattr(swap, "active", False))
-        handles = [begin, end]
-    elif k < len(layout.blocks):
-
-        def enter(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple:
-            _, args, kwargs = take_hidden(args, kwargs)
-            return (new, *args), kwargs
-
-        handles = [layout.blocks[k].register_forward_pre_hook(enter, with_kwargs=True)]
-    else:
-        leave = layout.blocks[-1].register_forward_hook(lambda *_: answer(new, layout.arity))
-        handles = [leave]
-    try:
-        with swap:
-            logits = model(input_ids=ids, use_cache=False).logits
-    finally:
-        for handle in handles:
-            handle.remove()
-    if mid and not swap.done:
-        raise SiteError(
-            f"{_kind(model)}: no operation of block {k} computes the residual found between its "
-            f"attention and its MLP (site {site}), so that site cannot be proven"
-        )
-    return logits

@@ -59,7 +59,7 @@ def make() -> Callable[..., tf.PreTrainedModel]:
 @pytest.fixture(scope="session")
 def opened() -> Callable[[str], DenseModel]:
     """`opened(family)`: a DenseModel shared by the tests, which must leave it as it is."""
-    return cache(lambda family: DenseModel(build(family)))
+    return cache(lambda family: DenseModel(build(family), name=family))
 
 
 @pytest.fixture(params=list(FAMILIES))

@@ -24,8 +24,8 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from dense import DenseModel
-from sparse.checkpoint import write_bytes, write_text
 from sparse.circuit import Circuit
+from sparse.files import replace_files
 from sparse.mask import node_means, save_means
 from sparse.model import SparseGPT
 
@@ -93,7 +93,7 @@ def save_run(
     bridges.dense_fingerprint = dense.fingerprint
     bridges.sparse_fingerprint = sparse.fingerprint()
     bridges.save(folder / "bridges")
-    write_bytes(folder / "heldout.safetensors", save({"blocks": heldout.contiguous()}))
+    replace_files(folder, {"heldout.safetensors": save({"blocks": heldout.contiguous()})})
     manifest = {
         "schema_version": SCHEMA_VERSION,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -102,7 +102,7 @@ def save_run(
         "versions": {"python": python_version()} | {name: version(name) for name in PACKAGES},
         **facts,
     }
-    write_text(folder / "manifest.json", json.dumps(manifest, indent=1))
+    replace_files(folder, {"manifest.json": json.dumps(manifest, indent=1)})
     return load_run(folder, dense)
 
 

@@ -12,6 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .files import sync
+
 STATE = "state.json"
 
 
@@ -30,10 +32,10 @@ def write_folder(folder: Path, tensors: dict[str, dict[str, Tensor]], state: dic
             save_file(flat, aside / f"{stem}.safetensors")
         (aside / STATE).write_text(json.dumps(state, indent=1))
         for path in [*aside.iterdir(), aside]:
-            _sync(path)
+            sync(path)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(aside, folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise OSError(
@@ -58,34 +60,6 @@ def read_folder(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, A
     return tensors, state
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically."""
-    write_bytes(path, text.encode())
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file atomically: what was there before stays until the new one is whole."""
-    aside = path.with_name(f"{path.name}.partial")
-    try:
-        aside.write_bytes(content)
-        _sync(aside)
-        os.replace(aside, path)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        raise OSError(
-            f"could not write {path}: {error}; the file that was there is untouched: free some "
-            "space or choose another folder"
-        ) from error
-
-
 def steps_saved(folder: Path) -> list[Path]:
     """Return the checkpoints `step-00000000` in `folder`, oldest first."""
     return sorted(p for p in folder.glob("step-*") if p.name[5:].isdigit())
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

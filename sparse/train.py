@@ -19,7 +19,8 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .checkpoint import read_folder, steps_saved, write_folder, write_text
+from .checkpoint import read_folder, steps_saved, write_folder
+from .files import replace_files
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -293,7 +294,7 @@ class _Run:
         if self.accelerator.is_main_process and path.exists():
             lines = [x for x in path.read_text().splitlines(keepends=True) if x.endswith("\n")]
             kept = [line for line in lines if json.loads(line)["step"] <= step]
-            write_text(path, "".join(kept))
+            replace_files(self.folder, {path.name: "".join(kept)})
 
 
 def _remove(folder: Path) -> None:

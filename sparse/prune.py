@@ -64,12 +64,15 @@ class PruneConfig:
     """Sizes just below the bisected one that are tried too: the loss is not monotone in size."""
     clean_up: float = 0.005
     """Nats the validation loss may rise while idle nodes are dropped, one by one; 0 drops none."""
+    n_trials: int = 200
+    """Nodes that the clean-up tries to drop at most, the least needed first."""
     seed: int = 0
     """Seed of the start and of the minibatches."""
 
     def __post_init__(self) -> None:
         positive = ("target_loss", "n_pairs", "lr", "theta", "clip")
-        at_least_0 = ("n_steps", "k_coef", "weight_decay", "noise", "window", "clean_up", "seed")
+        at_least_0 = ("n_steps", "k_coef", "weight_decay", "noise", "window", "clean_up")
+        at_least_0 += ("n_trials", "seed")
         for name in (*positive, *at_least_0):
             value = getattr(self, name)
             if value < 0 or (value == 0 and name in positive):
@@ -171,7 +174,7 @@ def prune(
             if config.clean_up and curve[k] <= goal:
                 limit = min(goal, curve[k] + config.clean_up)
                 silent = _silent(empty.with_nodes(nodes, "trial"), model)
-                nodes = clean(nodes, nats, limit, silent)
+                nodes = clean(nodes, nats, limit, silent, config.n_trials)
             circuit = empty.with_nodes(nodes, "prune")
             loss, calibration = _measure(model, circuit, batches)
     record = {**asdict(config), "k_before_clean_up": k, "curve": sorted(curve.items())}
@@ -245,13 +248,15 @@ def clean(
     loss: Callable[[Sequence[Node]], float],
     limit: float,
     silent: Collection[Node] = (),
+    n_trials: int = 200,
 ) -> list[Node]:
     """Drop, one at a time, nodes without which the loss stays within `limit`.
 
-    `nodes` come best first; those with no way out (`silent`) are tried first, then from the end.
+    `nodes` come best first; those with no way out (`silent`) are tried first, then from the end,
+    `n_trials` in all.
     """
     kept = list(nodes)
-    for node in sorted(reversed(nodes), key=lambda n: n not in silent):
+    for node in sorted(reversed(nodes), key=lambda n: n not in silent)[:n_trials]:
         rest = [other for other in kept if other != node]
         if loss(rest) <= limit:
             kept = rest

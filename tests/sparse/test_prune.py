@@ -1,0 +1,193 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from sparse.circuit import Node
+from sparse.mask import last_logits, masked
+from sparse.model import Source
+from sparse.prune import PruneConfig, calibrate, calibrated_nats, clean, prune, smallest
+from sparse.tasks import task_nats
+
+FAST = PruneConfig(n_steps=60, n_pairs=16, k_coef=3e-3, lr=5e-2)
+
+
+def found(planted, words, **changes):
+    config = replace(FAST, **changes)
+    return prune(planted.model, planted.task, config, tokenizer=words, means=planted.means)
+
+
+def test_pruning_finds_exactly_the_planted_circuit_from_nearly_every_seed(planted, words):
+    circuits = [found(planted, words, seed=seed) for seed in range(10)]
+    exact = [circuit.nodes == planted.nodes and circuit.met for circuit in circuits]
+    assert sum(exact) >= 9, [dict(circuit.nodes) for circuit in circuits]
+    assert all(circuit.loss["circuit/test"] <= 0.15 for circuit in circuits)
+
+
+def test_control_no_small_circuit_does_the_nonsense_twin(planted, words):
+    """The twin's targets are unknown to the model: whatever is found is far from the target."""
+    swapped = tuple(replace(p, target_1=" w1", target_2=" w2") for p in planted.task.train)
+    twin = replace(planted.task, name="twin", train=swapped, validation=(), test=())
+    circuit = prune(planted.model, twin, FAST, tokenizer=words, means=planted.means)
+    assert not circuit.met and "NOT met" in " ".join(circuit.notes)
+    assert any("full model itself" in note for note in circuit.notes)
+    assert any("no validation split" in note for note in circuit.notes)
+    assert set(circuit.loss) == {
+        f"{what}/train" for what in ("full", "circuit", "empty", "complement", "calibrated")
+    }
+
+
+def test_the_record_holds_every_loss_and_they_are_the_models_own(planted, words):
+    circuit = found(planted, words)
+    model, loss = planted.model, circuit.loss
+    batch = planted.task.batch(words, "test")
+    with torch.no_grad():
+        full = task_nats(batch.scored(model(batch.ids).logits), batch).mean().item()
+        with masked(model, circuit.masks(), circuit.ablation):
+            kept = task_nats(last_logits(model, batch), batch).mean().item()
+    assert loss["full/test"] == pytest.approx(full, abs=1e-5)
+    assert loss["circuit/test"] == pytest.approx(kept, abs=1e-6)
+    assert min(loss["empty/test"], loss["complement/test"]) > 0.6 > 0.15 > loss["full/test"]
+    assert loss["calibrated/train"] <= loss["circuit/train"] + 1e-6
+    assert circuit.config["target_loss"] == 0.15 and circuit.config["curve"][0][0] == 0
+
+
+def test_pruning_is_a_function_of_the_seed_and_leaves_the_model_alone(planted, words):
+    model = planted.model
+    before = model.fingerprint()
+    model.train()
+    model.lm_head.weight.requires_grad_(False)
+    one, two = found(planted, words, seed=3), found(planted, words, seed=3)
+    assert one.to_dict() == two.to_dict()
+    assert model.training and model.fingerprint() == before
+    assert not model.lm_head.weight.requires_grad and model.model.wte.weight.requires_grad
+    assert all(p.grad is None for p in model.parameters())
+    model.eval().requires_grad_(True)
+
+
+def test_zero_ablation_needs_no_means_and_no_clean_up_drops_nothing(planted, words):
+    config = replace(FAST, ablation="zero", clean_up=0.0)
+    circuit = prune(planted.model, planted.task, config, tokenizer=words)
+    assert circuit.ablation_kind == "zero" and not any(v.any() for v in circuit.ablation.values())
+    assert len(circuit) == circuit.config["k_before_clean_up"]
+
+
+def test_an_impossible_target_returns_the_best_there_is(planted, words):
+    circuit = found(planted, words, target_loss=1e-6, n_steps=5)
+    assert not circuit.met and len(circuit.notes) == 2
+    assert circuit.loss["circuit/validation"] == pytest.approx(
+        min(nats for _, nats in circuit.config["curve"]), abs=1e-6
+    )
+
+
+def test_what_is_missing_is_named_with_the_argument_that_gives_it(planted, words, tmp_path):
+    model, task = planted.model, planted.task
+    with pytest.raises(ValueError, match="tokenizer="):
+        prune(model, task)
+    with pytest.raises(ValueError, match="means="):
+        prune(model, task, tokenizer=words)
+    wrong = {at: value[:-1] for at, value in planted.means.items()}
+    with pytest.raises(ValueError, match="make them with node_means"):
+        prune(model, task, tokenizer=words, means=wrong)
+    model.source = Source(str(tmp_path), "0")
+    try:
+        with pytest.raises(ValueError, match="no tokenizer in"):
+            prune(model, task)
+        with pytest.raises(ValueError, match="node_means.safetensors is missing"):
+            prune(model, task, tokenizer=words)
+    finally:
+        model.source = None
+
+
+def test_a_foreign_tokenizer_is_refused(planted, bpe):
+    with pytest.raises(ValueError, match="17 logits"):
+        prune(planted.model, planted.task, FAST, tokenizer=bpe, means=planted.means)
+
+
+@pytest.mark.parametrize("threshold", [0, 1, 2, 7, 31, 99, 100])
+def test_bisection_finds_the_threshold_of_a_monotone_curve(threshold):
+    calls = []
+
+    def loss(k):
+        calls.append(k)
+        return 0.0 if k >= threshold else 1.0
+
+    k, curve = smallest(loss, 100, 0.5, window=0)
+    assert k == threshold and len(calls) == len(set(calls)) == len(curve) <= 16
+
+
+def test_the_window_finds_a_smaller_size_where_the_curve_dips():
+    dips = {41: 0.4, 43: 0.4}
+
+    def loss(k):
+        return 0.0 if k >= 48 else dips.get(k, 1.0)
+
+    assert smallest(loss, 100, 0.5, window=0)[0] == 48
+    assert smallest(loss, 100, 0.5, window=6)[0] == 43
+    assert smallest(loss, 100, 0.5, window=12)[0] == 41
+
+
+def test_when_no_size_will_do_the_least_loss_is_taken():
+    assert smallest(lambda k: 1.0 + abs(k - 30), 100, 0.5, window=4)[0] == 32
+
+
+def test_cleaning_drops_what_does_not_matter_and_silent_nodes_first():
+    nodes = [Node("0.attn.v", i) for i in range(6)]
+    needed = {nodes[1], nodes[4]}
+
+    def loss(kept):
+        return 0.0 if needed <= set(kept) else 1.0
+
+    assert clean(nodes, loss, 0.5) == [nodes[1], nodes[4]]
+
+    def either(kept):  # one of nodes 0 and 5 is enough: the silent one goes
+        return 0.0 if {nodes[0], nodes[5]} & set(kept) else 1.0
+
+    assert clean([nodes[0], nodes[5]], either, 0.5) == [nodes[0]]
+    assert clean([nodes[0], nodes[5]], either, 0.5, silent=[nodes[0]]) == [nodes[5]]
+
+
+def miscalibrated(alpha: float, beta: float, n: int = 20_000) -> torch.Tensor:
+    """Logit differences that are right after alpha delta + beta: labels drawn from them."""
+    rng = torch.Generator().manual_seed(0)
+    true = 2 * torch.randn(8 * n, generator=rng, dtype=torch.float64)
+    first = torch.rand(8 * n, generator=rng, dtype=torch.float64) < torch.sigmoid(true)
+    delta = (true - beta) / alpha
+    return torch.cat([delta[first][:n], delta[~first][:n]]).float()
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(1.0, 0.0), (0.25, 1.5), (4.0, -2.0)])
+def test_calibration_recovers_a_planted_miscalibration(alpha, beta):
+    got = calibrate(miscalibrated(alpha, beta))
+    assert got == (pytest.approx(alpha, rel=0.05), pytest.approx(beta, abs=0.05))
+
+
+def test_calibrated_nats_are_the_loss_that_was_minimised_and_the_identity_is_no_change():
+    delta = miscalibrated(0.25, 1.5, n=500)
+    n = len(delta) // 2
+    plain = torch.cat([F.softplus(-delta[:n]), F.softplus(delta[n:])])
+    assert torch.equal(calibrated_nats(delta, 1.0, 0.0), plain)
+    best = calibrate(delta)
+    least = calibrated_nats(delta, *best).mean()
+    for alpha, beta in ((best[0] * 1.1, best[1]), (best[0], best[1] + 0.1), (1.0, 0.0)):
+        assert least < calibrated_nats(delta, alpha, beta).mean()
+
+
+def test_a_number_added_to_all_logits_changes_no_loss(planted, words):
+    batch = planted.task.batch(words, "test")
+    with torch.no_grad():
+        logits = last_logits(planted.model, batch)
+    torch.testing.assert_close(task_nats(logits + 7.0, batch), task_nats(logits, batch))
+    assert (task_nats(1.5 * logits, batch) != task_nats(logits, batch)).all()  # a factor does
+
+
+@pytest.mark.parametrize(
+    "field", [{"target_loss": 0.0}, {"margin": 1.0}, {"theta": -1.0}, {"lr": 0.0}, {"n_steps": -1}]
+)
+def test_an_impossible_config_is_refused(field):
+    with pytest.raises(ValueError, match=next(iter(field))):
+        PruneConfig(**field)
+    with pytest.raises(ValueError, match="no field"):
+        PruneConfig.from_dict({"target": 0.1})
+    assert PruneConfig.from_dict({"target_loss": 0.1}).target_loss == 0.1

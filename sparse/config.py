@@ -71,8 +71,12 @@ class SparseGPTConfig(PreTrainedConfig):
         sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
         sizes += ("head_dim", "intermediate_size", "max_position_embeddings")
         for name in sizes:
-            if getattr(self, name) < 1:
-                raise ValueError(f"SparseGPTConfig.{name}={getattr(self, name)} must be at least 1")
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"SparseGPTConfig.{name}={value!r} must be an integer, at least 1")
+        for name in ("rms_norm_eps", "initializer_range"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"SparseGPTConfig.{name}={getattr(self, name)} must be above 0")
         if not 0 < self.activation_fraction <= 1:
             fraction = self.activation_fraction
             raise ValueError(f"SparseGPTConfig.activation_fraction={fraction} must be in (0, 1]")

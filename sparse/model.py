@@ -55,6 +55,7 @@ class SparseGPTPreTrainedModel(PreTrainedModel):
     config_class = SparseGPTConfig
     config: SparseGPTConfig
     base_model_prefix = "model"
+    _input_embed_layer = "wte"
     supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]
     _skip_keys_device_placement = ["past_key_values"]

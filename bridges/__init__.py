@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .bridge import BridgeConfig, BridgeSet
-    from .cotrain import CotrainConfig, Weights, cotrain
+    from .cotraining import CotrainConfig, Weights, cotrain
     from .run import Run, load_run, save_run
     from .transfer import DenseCircuit, map_circuit
 
@@ -29,9 +29,9 @@ __all__ = [
 _HOME = {
     "BridgeConfig": "bridge",
     "BridgeSet": "bridge",
-    "CotrainConfig": "cotrain",
-    "Weights": "cotrain",
-    "cotrain": "cotrain",
+    "CotrainConfig": "cotraining",
+    "Weights": "cotraining",
+    "cotrain": "cotraining",
     "Run": "run",
     "load_run": "run",
     "save_run": "run",

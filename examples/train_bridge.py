@@ -152,6 +152,19 @@ def find_circuits(args, run, say) -> None:
 
 def report(args, run, say) -> None:
     """Test everything beside its controls, print the table and what to do next."""
+    from evals import evaluate_run, table, write_report
+
+    result = evaluate_run(run, seed=args.seed, quick=args.preset == "smoke", progress=True)
+    paths = write_report(run, result)
+    say(table(result))
+    say("\nwrote " + "\n      ".join(str(path) for path in paths))
+    say(
+        "next:\n"
+        f"  open {paths[-1]} in a browser\n"
+        f"  python -m evals {run.folder}                      the same report again\n"
+        f"  python examples/map_to_dense.py {run.folder}      edit the dense model yourself\n"
+        f"  python examples/find_circuit.py {run.folder} --task FILE.jsonl     your own task"
+    )
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ class _FlashSink(torch.autograd.Function):
             dy.contiguous(), q, k, v, y, lse.contiguous(), 0.0, True, scale=ctx.scale
         )
         dsink = -((1 - share) * (dy * y).sum(-1)).sum((0, 2))
-        return dq, dk, dv, dsink.to(dy.dtype), None
+        return dq, dk, dv, dsink, None
 
 
 def flash_sink(

@@ -13,10 +13,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-PRESETS = {  # what the run costs: steps x batch x length tokens, twin width = expansion x dense
-    "smoke": {"steps": 6, "batch": 4, "length": 32, "expansion": 0.25, "prune_steps": 4},
-    "demo": {"steps": 500, "batch": 16, "length": 128, "expansion": 2, "prune_steps": 200},
-    "long": {"steps": 4000, "batch": 16, "length": 128, "expansion": 2, "prune_steps": 600},
+QUOTES = ["single_double_quote"]
+ALL = [*QUOTES, "bracket_counting", "while_return_true"]
+PRESETS = {
+    # optimizer steps of batch x length tokens; the twin's width over the dense one; pruning steps
+    "smoke": dict(steps=6, batch=4, length=32, expansion=0.5, prune_steps=4, tasks=QUOTES),
+    "demo": dict(steps=500, batch=16, length=128, expansion=2, prune_steps=200, tasks=QUOTES),
+    "long": dict(steps=4000, batch=16, length=128, expansion=2, prune_steps=600, tasks=ALL),
 }
 
 
@@ -34,7 +37,7 @@ def parse() -> argparse.Namespace:
     p.add_argument("--expansion", type=float, help="width of the twin over the dense width")
     p.add_argument("--density", type=float, default=1 / 16, help="weights kept in the matrices")
     p.add_argument("--prune_steps", type=int, help="optimizer steps of the pruning")
-    p.add_argument("--tasks", nargs="*", help="tasks to prune for; default: all that fit")
+    p.add_argument("--tasks", nargs="*", help="tasks to prune circuits for")
     p.add_argument("--mixed_precision", choices=["no", "bf16"], default="no")
     p.add_argument("--seed", type=int, default=0)
     args = p.parse_args()
@@ -133,11 +136,11 @@ def design(args, dense):
 
 def find_circuits(args, run, say) -> None:
     """Prune a circuit for every task and for its nonsense twin; keep those already there."""
-    from sparse import PruneConfig, get_task, prune, task_names
+    from sparse import PruneConfig, get_task, prune
 
     config = PruneConfig(n_steps=args.prune_steps, seed=args.seed)
     done = run.circuits()
-    for name in args.tasks if args.tasks is not None else task_names():
+    for name in args.tasks:
         for task in (get_task(name), get_task(f"{name}:nonsense")):
             if task.name in done:
                 continue

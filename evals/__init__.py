@@ -6,13 +6,23 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .bridge import evaluate_bridge
     from .circuit import evaluate_circuit
-    from .report import Report
+    from .report import Report, table
+    from .run import evaluate_run, write_report
     from .scores import Score
     from .transfer import evaluate_transfer
 
 __version__ = "0.1.0"
 __sparse_bridges__ = "evals"
-__all__ = ["Score", "Report", "evaluate_bridge", "evaluate_circuit", "evaluate_transfer"]
+__all__ = [
+    "Score",
+    "Report",
+    "evaluate_bridge",
+    "evaluate_circuit",
+    "evaluate_transfer",
+    "evaluate_run",
+    "write_report",
+    "table",
+]
 
 _HOME = {
     "Score": "scores",
@@ -20,6 +30,9 @@ _HOME = {
     "evaluate_bridge": "bridge",
     "evaluate_circuit": "circuit",
     "evaluate_transfer": "transfer",
+    "evaluate_run": "run",
+    "write_report": "run",
+    "table": "report",
 }
 
 

@@ -113,7 +113,7 @@ class Report:
         return cls.from_json(path.read_text(encoding="utf-8"))
 
 
-def number(x: float) -> str:
+def number(x: int | float) -> str:
     """Return `x` with three significant digits, and all digits of a count."""
     if x == int(x) and abs(x) < 1e6:
         return f"{x:.0f}"

@@ -1,0 +1,129 @@
+"""Every claim about a run folder, beside its controls, in one report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from bridges import Run, map_circuit
+from sparse.circuit import Circuit, Node
+from sparse.model import SparseGPT
+
+from .bridge import evaluate_bridge
+from .circuit import evaluate_circuit, nonsense_at_size
+from .report import Report, provenance
+from .scores import Curve
+from .transfer import measure_transfer
+from .view import page
+
+QUICK = {"max_pairs": 24, "curve_draws": 15, "strengths": (0.5, 1, 2, 4)}
+"""Smaller settings of the transfer: less precise, equally controlled."""
+MOST_NODES = 300
+"""Nodes of a circuit that are drawn, the best connected ones."""
+
+
+def evaluate_run(
+    run: Run,
+    *,
+    tasks: Sequence[str] | None = None,
+    draws: int = 100,
+    seed: int = 0,
+    quick: bool = False,
+    progress: bool = False,
+) -> Report:
+    """Measure the bridges, then every circuit of the run in both models; return the report.
+
+    `tasks` picks circuits by name, all by default. Each is compared with the circuit saved for its
+    nonsense twin, and with the twin's best nodes at its own size. `draws` counts the random
+    directions; `quick` uses fewer pairs, strengths and blocks. Raises ValueError for a task
+    without a circuit.
+    """
+    found = run.circuits()
+    names = [name for name in found if not name.endswith(":nonsense")]
+    if missing := sorted(set(tasks or ()) - set(names)):
+        raise ValueError(
+            f"{run.folder} has no circuit for {missing}; it has {names or 'none'}: prune them "
+            "first (examples/find_circuit.py), or leave out --tasks"
+        )
+    names = [name for name in names if tasks is None or name in tasks]
+    stages = tqdm(["bridges", *names], desc="evaluate", disable=not progress)
+    blocks = run.heldout()[: 16 if quick else None]
+    sections = {"Bridges": tuple(evaluate_bridge(run, blocks, seed=seed, progress=progress))}
+    curves: list[Curve] = []
+    graphs, notes = [], []
+    stages.update()
+    options: dict[str, Any] = {"seed": seed, "progress": progress}
+    for name in names:
+        circuit, twin = found[name], found.get(f"{name}:nonsense")
+        mapped = map_circuit(circuit, run.dense, run.bridges, sparse_model=run.sparse)
+        same = nonsense_at_size(run.sparse, circuit, run.tokenizer)
+        twins = {"nonsense": twin, "equal_size": same}
+        rows = evaluate_circuit(run.sparse, circuit, run.tokenizer, **twins, **options)
+        done = measure_transfer(mapped, draws=draws, **options, **(QUICK if quick else {}))
+        sections[f"{name}: the circuit in the sparse model"] = tuple(rows)
+        sections[f"{name}: the same circuit in the dense model"] = tuple(done.scores)
+        curves += done.curves
+        graphs.append(graph(run.sparse, circuit))
+        notes += [f"{name}: {note}" for note in circuit.notes]
+        stages.update()
+    stages.close()
+    if not names:
+        notes.append("no circuit in this run: only the bridges were measured")
+    facts = {"seed": seed, "draws": draws, "quick": quick, "run": run.manifest}
+    return Report(
+        title=f"Sparse bridges: {run.manifest['dense']['name']}",
+        sections=sections,
+        curves=tuple(curves),
+        graphs=tuple(graphs),
+        notes=tuple(notes),
+        provenance=provenance(**facts),
+    )
+
+
+def write_report(run: Run, report: Report) -> list[Path]:
+    """Write report.json, report.md and report.html into the run folder, all or none."""
+    log = run.log() if (run.folder / "log.jsonl").is_file() else []
+    return report.save(run.folder, {"report.html": page(report, log)})
+
+
+def graph(model: SparseGPT, circuit: Circuit) -> dict[str, Any]:
+    """Return the circuit as plain data to draw: nodes in forward order, weighted edges, links.
+
+    A link joins a write to a later read of the same residual channel; it is no edge.
+    """
+    edges = circuit.edges(model)
+    degree: dict[Node, int] = {}
+    for edge in edges:
+        for node in (edge.source, edge.target):
+            degree[node] = degree.get(node, 0) + 1
+    ranked = sorted(circuit, key=lambda node: -degree.get(node, 0))
+    kept = set(ranked[:MOST_NODES])
+    order = list(model.node_widths())
+    reads = [n for n in circuit if n.location.endswith("act_in") and n in kept]
+    links = [
+        (w, r)
+        for w in circuit
+        if w in kept and w.location.endswith("resid_delta")
+        for r in reads
+        if r.index == w.index and order.index(r.location) > order.index(w.location)
+    ]
+    return {
+        "name": circuit.task.name,
+        "n_nodes": len(circuit),
+        "n_edges": len(edges),
+        "locations": order,
+        "nodes": [
+            {"id": circuit.name(n), "location": n.location, "index": n.index}
+            for n in circuit
+            if n in kept
+        ],
+        "edges": [
+            {"source": circuit.name(e.source), "target": circuit.name(e.target), "weight": e.weight}
+            for e in edges
+            if e.source in kept and e.target in kept
+        ],
+        "links": [{"source": circuit.name(w), "target": circuit.name(r)} for w, r in links],
+    }

@@ -1,0 +1,33 @@
+# make demo    set up .venv, then run the main job on the built-in dense model
+# make test    set up .venv, then run the whole suite
+# make check   set up .venv, then lint, format and types
+#
+# Another Python: make test PYTHON=python3.12     A fresh start: rm -rf .venv
+
+PYTHON ?= python3
+IN_VENV := . .venv/bin/activate &&
+
+# Only the installation needs a network; these keep everything after it from asking for one.
+export HF_HUB_OFFLINE := 1
+export TRANSFORMERS_OFFLINE := 1
+export HF_HUB_DISABLE_TELEMETRY := 1
+export DISABLE_TELEMETRY := 1
+export DO_NOT_TRACK := 1
+export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+
+.PHONY: demo test check
+
+demo: .venv/.installed
+	@$(IN_VENV) set -x && accelerate launch examples/train_bridge.py --dense tiny
+
+test: .venv/.installed
+	@$(IN_VENV) set -x && pytest
+
+check: .venv/.installed
+	@$(IN_VENV) set -x && ruff check . && ruff format --check . && pyright
+
+.venv/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed, this is ' + sys.version.split()[0] + '; name another: make PYTHON=python3.12 ...')"
+	$(PYTHON) -m venv .venv
+	@$(IN_VENV) set -x && pip install -c constraints.txt -e ".[test]"
+	@touch .venv/.installed

@@ -1,0 +1,54 @@
+"""Test the three claims of a run one at a time, each beside its control, and keep the report.
+
+    python examples/evaluate.py runs/tiny-demo --task single_double_quote
+
+`python -m evals RUN_DIR` does this for all circuits of a run; here are its parts, to build on.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+
+def main() -> None:
+    shape = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=shape)
+    p.add_argument("run_dir", help="a run folder with the circuit (examples/find_circuit.py)")
+    p.add_argument("--task", default="single_double_quote")
+    p.add_argument("--draws", type=int, default=100, help="random directions per claim")
+    p.add_argument("--seed", type=int, default=0, help="seed of every control")
+    p.add_argument("--output_dir", help="default: RUN_DIR/evaluations/TASK")
+    args = p.parse_args()
+
+    from bridges import load_run, map_circuit
+    from evals import Report, evaluate_bridge, evaluate_circuit, evaluate_transfer, table
+
+    run = load_run(args.run_dir)
+    found = run.circuits()
+    if args.task not in found:
+        sys.exit(f"{args.run_dir} has circuits for {list(found)}; prune {args.task} first")
+    circuit = found[args.task]
+    twin = found.get(f"{args.task}:nonsense")
+    mapped = map_circuit(circuit, run.dense, run.bridges, sparse_model=run.sparse)
+    claims = {
+        "the bridges join the models": evaluate_bridge(run, run.heldout(), seed=args.seed),
+        "the circuit does the task": evaluate_circuit(
+            run.sparse, circuit, run.tokenizer, nonsense=twin, seed=args.seed
+        ),
+        "it moves the dense model": evaluate_transfer(mapped, draws=args.draws, seed=args.seed),
+    }
+    report = Report(
+        title=f"{args.task} in {run.dense.name}",
+        sections={claim: tuple(scores) for claim, scores in claims.items()},
+        notes=circuit.notes,
+        provenance={"seed": args.seed, "draws": args.draws, "run": run.manifest},
+    )
+    print(table(report))
+    folder = args.output_dir or run.folder / "evaluations" / args.task.replace(":", "-")
+    print("wrote", *report.save(folder))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""What holds for the whole suite: no network, no cache of the user's, few threads; the examples.
+
+Set before torch or Hugging Face are imported, since they read their environment once.
+"""
+
+import atexit
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+OFFLINE = ROOT / "tests" / "offline"
+HOME = tempfile.mkdtemp(prefix="sparse-bridges-")
+atexit.register(shutil.rmtree, HOME, ignore_errors=True)
+
+os.environ |= {
+    "HF_HOME": HOME,  # an empty cache, and no settings of `accelerate config`
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONPATH": os.pathsep.join(filter(None, [str(OFFLINE), os.environ.get("PYTHONPATH")])),
+}
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_CACHE"):
+    os.environ.pop(name, None)
+
+_spec = spec_from_file_location("offline", OFFLINE / "sitecustomize.py")
+offline = module_from_spec(_spec)
+_spec.loader.exec_module(offline)
+
+SMOKE = {  # example: what is appended to its README command to make it small (the last flag wins)
+    "train_bridge.py": "--preset smoke --dataset text --tasks single_double_quote "
+    "--output_dir runs/tiny-demo",
+    "quickstart.py": "--steps 4 --prune_steps 4",
+    "find_circuit.py": "--prune_steps 4",
+    "map_to_dense.py": "",
+    "evaluate.py": "--draws 4",
+    "train_sparse.py": "--dataset text --steps 4",
+    "train_dense.py": "--dataset text --smoke",
+    "evals": "--quick --draws 4",
+}
+MAIN_JOB = "accelerate launch examples/train_bridge.py --dense tiny"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what this machine cannot do, and what takes long or needs a network unless asked for."""
+    import torch
+
+    asked = config.getoption("-m")
+    reasons = {
+        "gpu": None if torch.cuda.is_available() else "needs a CUDA device",
+        "slow": None if "slow" in asked else "takes minutes; pytest -m slow runs it",
+        "network": None if "network" in asked else "needs the internet; pytest -m network runs it",
+    }
+    for item in items:
+        for name, reason in reasons.items():
+            if reason and item.get_closest_marker(name):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def nothing_asks_for_the_network():
+    """Fail a test that tried to leave this machine, even where the code survived the refusal."""
+    yield
+    tried, offline.refused[:] = list(offline.refused), []
+    assert not tried, f"this test tried to reach {tried}"
+
+
+@pytest.fixture
+def refused_hosts() -> list[str]:
+    """The hosts that this process tried to reach."""
+    return offline.refused
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder outside the repository, with a little text, in which commands are run."""
+    folder = tmp_path_factory.mktemp("a workplace")
+    (folder / "text").mkdir()
+    library = Path(sysconfig.get_path("stdlib"))
+    for name in ("argparse", "ast", "dataclasses", "inspect", "shutil", "tempfile", "typing"):
+        shutil.copy(library / f"{name}.py", folder / "text")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run_command(workplace: Path) -> Callable[[str], str]:
+    """`run_command(line)`: what a README command prints, run small, once, in the workplace.
+
+    Commands read the run folder that the main job leaves, so that one is run first.
+    """
+
+    @cache
+    def run(line: str) -> str:
+        if line != MAIN_JOB:
+            run(MAIN_JOB)
+        return _run(small(line), workplace)
+
+    return run
+
+
+def small(line: str) -> list[str]:
+    """Return the words of a README command with the flags of SMOKE; raise KeyError without any."""
+    words = shlex.split(line)
+    job = next(Path(word).name for word in words if Path(word).name in SMOKE)
+    words = [str(ROOT / word) if word.startswith("examples/") else word for word in words]
+    if words[0] == "python":
+        words[0] = sys.executable
+    elif words[0] == "accelerate":
+        words[:1] = [sys.executable, "-m", "accelerate.commands.accelerate_cli"]
+    return words + shlex.split(SMOKE[job])
+
+
+def _run(words: list[str], folder: Path) -> str:
+    # `python -m evals` needs the packages, as `pip install -e .` would give them
+    path = os.pathsep.join([os.environ["PYTHONPATH"], *([str(ROOT)] if "-m" in words else [])])
+    done = subprocess.run(
+        words,
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": path},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    shown = f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
+    assert done.returncode == 0, shown
+    assert "refused a connection" not in done.stderr, shown
+    return done.stdout

@@ -34,8 +34,8 @@ class PruneConfig:
 
     target_loss: float = 0.15
     """Nats per prompt that the circuit should reach on the validation split; chance is ln 2."""
-    margin: float = 0.1
-    """Share of the target held back in choosing the size, in [0, 1): test differs a little."""
+    margin: float = 1 / 3
+    """Share of the target held back in choosing the size, in [0, 1): test words are others."""
     ablation: Literal["mean", "zero"] = "mean"
     """What a node outside the circuit is held at: its mean over the training text, or zero."""
     n_steps: int = 600

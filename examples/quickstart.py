@@ -38,8 +38,7 @@ def main() -> None:
     dense, corpus = tiny(), load_corpus()  # the text: the standard library's own sources
     train = pack(corpus.train[:300], dense.tokenizer, 128)
     heldout = pack(corpus.validation[:30], dense.tokenizer, 128)[:16]
-    shape = SparseGPTConfig(vocab_size=dense.vocab_size, num_hidden_layers=dense.n_layers)
-    twin = SparseGPT(shape)
+    twin = SparseGPT(SparseGPTConfig(vocab_size=dense.vocab_size, num_hidden_layers=dense.n_layers))
     bridges = BridgeSet(BridgeConfig.between(dense, twin, k=64))
     config = CotrainConfig(train=TrainConfig(steps=args.steps, folder=args.output_dir))
     cotrain(dense, twin, bridges, Batches(train, 8), config)

@@ -135,14 +135,17 @@ def design(args, dense):
 
 
 def find_circuits(args, run, say) -> None:
-    """Prune a circuit for every task and for its nonsense twin; keep those already there."""
+    """Prune a circuit for every task and its nonsense twin; keep those made just so before."""
+    from dataclasses import asdict
+
     from sparse import PruneConfig, get_task, prune
 
     config = PruneConfig(n_steps=args.prune_steps, seed=args.seed)
-    done = run.circuits()
+    done, mark, settings = run.circuits(), run.sparse.fingerprint(), asdict(config)
     for name in args.tasks:
         for task in (get_task(name), get_task(f"{name}:nonsense")):
-            if task.name in done:
+            old = done.get(task.name)
+            if old and old.model_fingerprint == mark and settings.items() <= old.config.items():
                 continue
             try:
                 circuit = prune(run.sparse, task, config)
@@ -171,4 +174,9 @@ def report(args, run, say) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:  # what the user can mend, said without a traceback
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt as stop:
+        sys.exit(f"{stop or 'interrupted'}; start the same command again to resume")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import floor
-from typing import Any
+from typing import Any, no_type_check
 
 from transformers import PreTrainedConfig
 
@@ -29,6 +29,7 @@ TOPK_LOCATIONS = (  # the authors' names for the places AbsTopK can act
 )
 
 
+@no_type_check  # Hugging Face's __init__ takes any keyword; a checker of its signature takes fewer
 class SparseGPTConfig(PreTrainedConfig):
     """A SparseGPT's architecture. Densities belong to the training, not to the model.
 

@@ -48,13 +48,13 @@ class CotrainConfig:
     """"sampled": each sequence draws its own site, unbiased. "all": each at every site."""
     decoder_trains_trunk: bool = True
     """Whether the decoder's error also reaches the sparse trunk (method.md 3.4)."""
-    lr: float = 2e-2
+    lr: float = 3e-2
     """Peak learning rate of the twin at its final density; gradients are normalised, eps is 0.1."""
     bridge_lr: float = 3e-3
     """Peak learning rate of the bridges; gradients are normalised, eps is 1e-8."""
     weight_decay: float = 0.1
     """Decay of the twin's matrices per unit of learning rate; bridges do not decay."""
-    warmup: float = 0.01
+    warmup: float = 0.02
     """Share of the steps over which the learning rates rise from 0."""
     calibration_tokens: int = 16384
     """Tokens from which the dense residual's mean and scale per site are taken at the start."""

@@ -19,7 +19,7 @@ PRESETS = {
     # optimizer steps of batch x length tokens; the twin's width over the dense one; pruning steps
     "smoke": dict(steps=6, batch=4, length=32, expansion=0.5, prune_steps=4, tasks=QUOTES),
     "demo": dict(steps=500, batch=16, length=128, expansion=2, prune_steps=200, tasks=QUOTES),
-    "long": dict(steps=4000, batch=16, length=128, expansion=2, prune_steps=600, tasks=ALL),
+    "long": dict(steps=3000, batch=16, length=128, expansion=2, prune_steps=600, tasks=ALL),
 }
 
 

@@ -8,6 +8,7 @@ of every claim beside its control. Started again with the same settings it resum
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -40,6 +41,7 @@ def parse() -> argparse.Namespace:
     p.add_argument("--tasks", nargs="*", help="tasks to prune circuits for")
     p.add_argument("--mixed_precision", choices=["no", "bf16"], default="no")
     p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--threads", type=int, help="CPU threads per process; default: its share")
     args = p.parse_args()
     for name, value in PRESETS[args.preset].items():
         if getattr(args, name) is None:
@@ -50,6 +52,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
+    import torch
     from accelerate import Accelerator
 
     from bridges import BridgeSet, cotrain, save_run
@@ -58,7 +61,10 @@ def main() -> None:
 
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     say = accelerator.print
-    say(f"{accelerator.num_processes} process(es) on {accelerator.device}")
+    share = (os.cpu_count() or 1) // accelerator.num_processes
+    torch.set_num_threads(args.threads or max(1, share))  # accelerate launch would leave one
+    threads = torch.get_num_threads()
+    say(f"{accelerator.num_processes} process(es) on {accelerator.device}, {threads} threads each")
     dense = DenseModel.from_pretrained(args.dense)
     say(dense.describe())
     train, heldout, facts = read_text(args, dense.tokenizer)

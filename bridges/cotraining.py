@@ -131,7 +131,9 @@ class Cotraining(nn.Module):
         """Return the weighted losses of one batch at an optimizer step."""
         c, drawn = self.config, None
         if c.hybrid_sites == "sampled":
-            drawn = draw_sites(self.bridges.config.sites, len(ids), step, c.train.seed)
+            world, rank = _world()  # the joint batch's draw, of which these are the rows
+            joint = draw_sites(self.bridges.config.sites, world * len(ids), step, c.train.seed)
+            drawn = joint[rank::world]
         return losses(
             self.dense, self.sparse, self.bridges, ids, c.weights, drawn, c.decoder_trains_trunk
         )
@@ -214,6 +216,13 @@ def cotrain(
     )
     bridges.dense_fingerprint = fingerprint(dense)
     bridges.sparse_fingerprint = fingerprint(sparse)
+
+
+def _world() -> tuple[int, int]:
+    """How many processes train together, and which of them this is."""
+    if not torch.distributed.is_initialized():
+        return 1, 0
+    return torch.distributed.get_world_size(), torch.distributed.get_rank()
 
 
 def _to(dense: ResidualModel, device: torch.device) -> None:

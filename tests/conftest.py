@@ -5,6 +5,7 @@ Set before torch or Hugging Face are imported, since they read their environment
 
 import atexit
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -95,6 +96,14 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def readme_commands() -> list[str]:
+    """The lines of the README's bash blocks."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```bash\n(.*?)^```$", text, flags=re.M | re.S)
+    return [line.strip() for block in blocks for line in block.splitlines() if line.strip()]
+
+
+@pytest.fixture(scope="session")
 def run_command(workplace: Path) -> Callable[[str], str]:
     """`run_command(line)`: what a README command prints, run small, once, in the workplace.
 
@@ -110,21 +119,36 @@ def run_command(workplace: Path) -> Callable[[str], str]:
     return run
 
 
+@pytest.fixture(scope="session")
+def main_job(run_command: Callable[[str], str]) -> str:
+    """What the main job prints, run small; its run folder is runs/tiny-demo in the workplace."""
+    return run_command(MAIN_JOB)
+
+
+@pytest.fixture(scope="session")
+def run_python(workplace: Path) -> Callable[[str], str]:
+    """`run_python(code)`: what Python prints in the workplace, where our packages are installed."""
+    return lambda code: _run([sys.executable, "-c", code], workplace)
+
+
 def small(line: str) -> list[str]:
-    """Return the words of a README command with the flags of SMOKE; raise KeyError without any."""
+    """Return the words of a README command with the flags of SMOKE added."""
     words = shlex.split(line)
-    job = next(Path(word).name for word in words if Path(word).name in SMOKE)
+    jobs = [name for word in words if (name := Path(word).name) in SMOKE]
+    if not jobs:
+        raise KeyError(f"say in SMOKE (tests/conftest.py) how to run it small: {line}")
     words = [str(ROOT / word) if word.startswith("examples/") else word for word in words]
     if words[0] == "python":
         words[0] = sys.executable
     elif words[0] == "accelerate":
         words[:1] = [sys.executable, "-m", "accelerate.commands.accelerate_cli"]
-    return words + shlex.split(SMOKE[job])
+    return words + shlex.split(SMOKE[jobs[0]])
 
 
 def _run(words: list[str], folder: Path) -> str:
-    # `python -m evals` needs the packages, as `pip install -e .` would give them
-    path = os.pathsep.join([os.environ["PYTHONPATH"], *([str(ROOT)] if "-m" in words else [])])
+    # what `pip install -e .` gives; the examples must do without
+    installed = [] if any(word.startswith(str(ROOT / "examples")) for word in words) else [ROOT]
+    path = os.pathsep.join([os.environ["PYTHONPATH"], *map(str, installed)])
     done = subprocess.run(
         words,
         cwd=folder,
@@ -132,7 +156,7 @@ def _run(words: list[str], folder: Path) -> str:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     shown = f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
     assert done.returncode == 0, shown

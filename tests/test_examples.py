@@ -1,0 +1,78 @@
+"""The examples run, as the README says, at their smallest setting; and the thin ones stay thin."""
+
+import argparse
+import ast
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = {path.name: path for path in sorted((ROOT / "examples").glob("*.py"))}
+THIN = sorted(EXAMPLES.keys() - {"train_bridge.py", "train_dense.py"})
+PRINTS = {  # example: what it must have printed
+    "train_bridge.py": "process(es) on",
+    "quickstart.py": "steering",
+    "find_circuit.py": "saved in",
+    "map_to_dense.py": "strength 1.0",
+    "evaluate.py": "wrote",
+    "train_sparse.py": "wrote runs/sparse",
+    "train_dense.py": "validation",
+}
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_an_example_runs_as_the_readme_says(example, readme_commands, run_command):
+    lines = [line for line in readme_commands if f"examples/{example}" in line]
+    assert lines, f"the README has no command for {example}"
+    assert PRINTS[example] in run_command(lines[0])
+
+
+def test_the_main_job_leaves_a_whole_run(workplace, main_job):
+    run = workplace / "runs" / "tiny-demo"
+    files = {path.relative_to(run).as_posix() for path in run.rglob("*")}
+    circuit = "circuits/single_double_quote"
+    assert files >= {"manifest.json", "log.jsonl", "heldout.safetensors"}
+    assert files >= {"sparse/config.json", "sparse/model.safetensors", "sparse/tokenizer.json"}
+    assert files >= {"bridges", f"{circuit}/circuit.json", f"{circuit}-nonsense/circuit.json"}
+    assert files >= {"report.json", "report.md", "report.html"}
+    assert json.loads((run / "manifest.json").read_text())["dense"]["name"] == "tiny"
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_an_example_puts_its_repository_first_before_anything_of_ours(example):
+    tree = ast.parse(EXAMPLES[example].read_text(encoding="utf-8"))
+    first, *rest = [node for node in tree.body if not isinstance(node, ast.Expr) or _call(node)]
+    while isinstance(first, ast.Import | ast.ImportFrom):
+        names = {alias.name.partition(".")[0] for alias in first.names}
+        names.add((getattr(first, "module", None) or "").partition(".")[0])
+        assert names - {""} <= set(sys.stdlib_module_names) | _members(first), ast.unparse(first)
+        first, *rest = rest
+    want = "sys.path.insert(0, str(Path(__file__).resolve().parents[1]))"
+    assert ast.unparse(first) == want
+
+
+def _call(node: ast.Expr) -> bool:
+    return isinstance(node.value, ast.Call)
+
+
+def _members(node: ast.stmt) -> set[str]:
+    return {a.name for a in node.names} if isinstance(node, ast.ImportFrom) else set()
+
+
+@pytest.mark.parametrize("example", THIN)
+def test_a_thin_example_is_short_and_has_few_flags(example, monkeypatch):
+    assert len(EXAMPLES[example].read_text(encoding="utf-8").splitlines()) <= 60
+    seen: list[str] = []
+
+    def parse_args(parser: argparse.ArgumentParser, *_):
+        seen.extend(a.dest for a in parser._actions if a.dest != "help")
+        sys.exit(0)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(EXAMPLES[example]), run_name="__main__")
+    assert 1 <= len(seen) <= 5, seen

@@ -19,6 +19,10 @@ class SparseGPTRMSNorm(nn.RMSNorm):
     """RMSNorm with a gain and no bias (the name tells transformers to initialise the gain to 1)."""
 
 
+class SparseGPTWrite(nn.Linear):
+    """The matrix with which a sublayer writes to the residual stream; it starts smaller."""
+
+
 class Attention(nn.Module):
     """Causal attention that reads, mixes and writes few channels."""
 
@@ -29,7 +33,7 @@ class Attention(nn.Module):
         self.scaling, self.is_causal = self.d_head**-0.5, True
         width = self.n_head * self.d_head
         self.qkv = nn.Linear(config.hidden_size, 3 * width)
-        self.out = nn.Linear(width, config.hidden_size)
+        self.out = SparseGPTWrite(width, config.hidden_size)
         self.sinks = nn.Parameter(torch.zeros(self.n_head)) if config.attention_sinks else None
         self.act_in = AbsTopK(config.hidden_size, config.k("attn_in"))
         self.q = AbsTopK(width, config.k("attn_q"))
@@ -68,7 +72,7 @@ class MLP(nn.Module):
         self.act_in = AbsTopK(d, config.k("mlp_in"))
         self.fc = nn.Linear(d, d_mlp)
         self.post_act = AbsTopK(d_mlp, config.k("mlp_neuron"))
-        self.proj = nn.Linear(d_mlp, d)
+        self.proj = SparseGPTWrite(d_mlp, d)
         self.resid_delta = AbsTopK(d, config.k("mlp_out"))
 
     def forward(self, x: Float[Tensor, "*batch d_resid"]) -> Float[Tensor, "*batch d_resid"]:

@@ -35,7 +35,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .activation import AbsTopK
-from .blocks import MLP, Attention, Block, SparseGPTRMSNorm
+from .blocks import Attention, Block, SparseGPTRMSNorm, SparseGPTWrite
 from .config import LOCATIONS, SparseGPTConfig
 
 
@@ -66,15 +66,16 @@ class SparseGPTPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """N(0, 0.02^2); a layer's two writing matrices N(0, (0.02/sqrt(2L))^2) (method.md 1.2)."""
+        """N(0, 0.02^2); a layer's two writing matrices N(0, (0.02/sqrt(2L))^2) (method.md 1.2).
+
+        transformers calls this for modules with parameters of their own, and for no others.
+        """
         super()._init_weights(module)
-        shrunk = self.config.initializer_range / (2 * self.config.num_hidden_layers) ** 0.5
-        if isinstance(module, Attention):
-            init.normal_(module.out.weight, 0.0, shrunk)
-            if module.sinks is not None:
-                init.zeros_(module.sinks)
-        elif isinstance(module, MLP):
-            init.normal_(module.proj.weight, 0.0, shrunk)
+        if isinstance(module, SparseGPTWrite):
+            shrunk = self.config.initializer_range / (2 * self.config.num_hidden_layers) ** 0.5
+            init.normal_(module.weight, 0.0, shrunk)
+        elif isinstance(module, Attention) and module.sinks is not None:
+            init.zeros_(module.sinks)
         elif isinstance(module, SparseGPT) and module.bigram is not None:
             init.uniform_(module.bigram, 0.0, 0.02)
 

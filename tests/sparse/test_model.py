@@ -1,0 +1,348 @@
+import copy
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from sparse.activation import abs_topk
+from sparse.model import Source, SparseGPT, SparseGPTConfig, SparseGPTModel
+from sparse.nodes import edited
+
+FIELDS = dict(
+    vocab_size=31,
+    hidden_size=12,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    head_dim=4,
+    intermediate_size=20,
+    max_position_embeddings=16,
+    activation_fraction=0.5,
+    initializer_range=0.4,
+)
+VARIANTS = {
+    "plain": dict(attention_sinks=False),
+    "sinks": dict(),
+    "everything": dict(bigram_table=True, positions="learned", activation="relu"),
+    "dense": dict(activation_fraction=1.0),
+    "eager": dict(attn_implementation="eager"),
+}
+
+
+def build(seed=0, **fields):
+    torch.manual_seed(seed)
+    model = SparseGPT(SparseGPTConfig(**(FIELDS | fields))).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.ndim == 1:  # norms, biases and sinks that do something
+                p += 0.3 * torch.randn_like(p)
+    return model
+
+
+def random_ids(n=3, length=9, seed=0):
+    return torch.randint(0, 31, (n, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(params=list(VARIANTS))
+def model(request):
+    return build(**VARIANTS[request.param])
+
+
+def by_hand(model, ids):
+    """method.md 1.2 written again, operation by operation; one sequence, float64."""
+    c, w = model.config, {n: p.double() for n, p in model.named_parameters()}
+    act = {"gelu": F.gelu, "relu": F.relu}[c.activation]
+
+    def rms_norm(x, name):
+        return x / (x.square().mean(-1, keepdim=True) + c.rms_norm_eps).sqrt() * w[name]
+
+    x = w["model.wte.weight"][ids]
+    if c.positions == "learned":
+        x = x + w["model.wpe.weight"][: len(ids)]
+    streams = [x]
+    for i in range(c.num_hidden_layers):
+        p = f"model.blocks.{i}."
+        u = abs_topk(rms_norm(x, p + "norm_1.weight"), c.k("attn_in"))
+        qkv = u @ w[p + "attn.qkv.weight"].T + w[p + "attn.qkv.bias"]
+        q, k, v = (
+            abs_topk(part, c.k(place)).view(len(ids), c.num_attention_heads, c.head_dim)
+            for part, place in zip(qkv.chunk(3, -1), ("attn_q", "attn_k", "attn_v"), strict=True)
+        )
+        scores = torch.einsum("thc,uhc->htu", q, k) / c.head_dim**0.5
+        e = scores.exp().tril()
+        sink = w[p + "attn.sinks"].exp() if c.attention_sinks else torch.zeros(q.shape[1])
+        a = e / (e.sum(-1, keepdim=True) + sink.view(-1, 1, 1))
+        y = torch.einsum("htu,uhc->thc", a, v).flatten(1)
+        out = y @ w[p + "attn.out.weight"].T + w[p + "attn.out.bias"]
+        x = x + abs_topk(out, c.k("attn_out"))
+        streams.append(x)
+        u = abs_topk(rms_norm(x, p + "norm_2.weight"), c.k("mlp_in"))
+        z = act(u @ w[p + "mlp.fc.weight"].T + w[p + "mlp.fc.bias"])
+        z = abs_topk(z, c.k("mlp_neuron"))
+        out = z @ w[p + "mlp.proj.weight"].T + w[p + "mlp.proj.bias"]
+        x = x + abs_topk(out, c.k("mlp_out"))
+        streams.append(x)
+    logits = rms_norm(x, "model.norm.weight") @ w["lm_head.weight"].T
+    return streams, logits + (w["bigram"][ids] if c.bigram_table else 0)
+
+
+@torch.no_grad()
+def test_the_forward_is_the_specified_sequence_of_operations(model):
+    model, ids = model.double(), random_ids()
+    logits, streams = model(ids).logits, model.residuals(ids)
+    for row, sequence in enumerate(ids):
+        want_streams, want = by_hand(model, sequence)
+        assert (logits[row] - want).abs().max() < 1e-10
+        for got, stream in zip(streams, want_streams, strict=True):
+            assert (got[row] - stream).abs().max() < 1e-10
+
+
+@torch.no_grad()
+def test_resuming_anywhere_and_editing_by_the_identity_are_the_whole_model(model):
+    ids = random_ids()
+    logits = model(ids).logits
+    residuals = model.residuals(ids)
+    assert len(residuals) == model.n_sites == 5 and residuals[0].shape[-1] == model.d_resid == 12
+    for site, z in enumerate(residuals):
+        assert torch.equal(model.resume(site, z, ids), logits)
+        assert not torch.equal(model.resume(site, 2 * z + 1, ids), logits)  # control
+    identity = {at: lambda x: x for at in model.node_widths()}
+    with edited(model, identity):
+        assert torch.equal(model(ids).logits, logits)
+        for got, want in zip(model.residuals(ids), residuals, strict=True):
+            assert torch.equal(got, want)
+
+
+@torch.no_grad()
+def test_resuming_computes_nothing_before_the_site():
+    model, ids = build(**VARIANTS["everything"]), random_ids()
+    ran = []
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda *_, name=name: ran.append(name))
+    z = model.residuals(ids)
+    for site, blocks in enumerate((["0", "1"], ["0", "1"], ["1"], ["1"], [])):
+        ran.clear()
+        model.resume(site, z[site], ids)
+        assert "model.wte" not in ran
+        assert sorted({name.split(".")[2] for name in ran if "blocks." in name}) == blocks
+        assert any("attn" in name for name in ran) == (site < 3)
+
+
+@torch.no_grad()
+def test_padded_rows_answer_as_they_do_alone(model):
+    ids = random_ids(2, 9)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0  # left padding
+    padded = ids.clone()
+    padded[0, :4] = 7
+    alone = model(ids[:1, 4:]).logits
+    for site, z in [(None, None), *enumerate(model.residuals(padded, mask))]:
+        if site is None:
+            got = model(padded, attention_mask=mask).logits
+        else:
+            got = model.resume(site, z, padded, mask)
+        assert (got[0, 4:] - alone[0]).abs().max() < 1e-5
+        assert (got[1] - model(ids[1:]).logits[0]).abs().max() < 1e-5
+    assert (model(padded).logits[0, 4:] - alone[0]).abs().max() > 0.01  # control: no mask
+
+
+@torch.no_grad()
+def test_right_padding_needs_no_mask(model):
+    ids = random_ids()
+    longer = torch.cat([ids, random_ids(3, 4, seed=1)], dim=1)
+    assert (model(longer).logits[:, :9] - model(ids).logits).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_the_eager_form_gives_the_same_logits_and_the_attention_weights():
+    flash = build(**VARIANTS["everything"])
+    eager = build(**VARIANTS["everything"], attn_implementation="eager")
+    ids = random_ids()
+    out = eager(ids, output_attentions=True)
+    assert (out.logits - flash(ids).logits).abs().max() < 1e-5
+    assert [a.shape for a in out.attentions] == [(3, 2, 9, 9)] * 2
+    assert all(((a.sum(-1) < 1) & (a.sum(-1) > 0)).all() for a in out.attentions)
+
+
+@torch.no_grad()
+def test_hidden_states_are_the_residuals_between_blocks_and_the_normed_last():
+    model, ids = build(), random_ids()
+    hidden = model(ids, output_hidden_states=True).hidden_states
+    z = model.residuals(ids)
+    assert len(hidden) == 3
+    assert torch.equal(hidden[0], z[0]) and torch.equal(hidden[1], z[2])
+    assert torch.equal(hidden[2], model.model.norm(z[4]))
+
+
+def test_the_loss_is_the_mean_cross_entropy_of_the_next_token():
+    model, ids = build(), random_ids()
+    out = model(ids, labels=ids)
+    want = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    assert torch.allclose(out.loss, want)
+
+
+@torch.no_grad()
+def test_generation_with_cache_is_generation_without(model):
+    prompt = random_ids(2, 5)
+    how = dict(max_new_tokens=8, do_sample=True, pad_token_id=0, eos_token_id=None)
+
+    def sample(use_cache):
+        torch.manual_seed(0)
+        return model.generate(prompt, use_cache=use_cache, **how)
+
+    assert torch.equal(sample(True), sample(False)) and len(sample(True)[:, 5:].unique()) > 3
+    greedy = model.generate(prompt, **(how | {"do_sample": False}))
+    for t in range(5, 13):  # an oracle that knows nothing of generate
+        assert torch.equal(model(greedy[:, :t]).logits[:, -1].argmax(-1), greedy[:, t])
+
+
+@torch.no_grad()
+def test_generation_from_left_padded_prompts_is_generation_alone(model):
+    prompt = random_ids(2, 6)
+    mask = torch.ones_like(prompt)
+    mask[0, :3] = 0
+    how = dict(max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None)
+    both = model.generate(prompt, attention_mask=mask, **how)
+    alone = model.generate(prompt[:1, 3:], **how)
+    assert torch.equal(both[0, 6:], alone[0, 3:])
+
+
+@torch.no_grad()
+def test_a_cache_gives_the_logits_of_the_whole_sequence(model):
+    ids = random_ids()
+    whole = model(ids).logits
+    past = model(ids[:, :4], use_cache=True).past_key_values
+    chunk = model(ids[:, 4:7], past_key_values=past, use_cache=True)
+    single = model(ids[:, 7:8], past_key_values=chunk.past_key_values, use_cache=True)
+    assert (chunk.logits - whole[:, 4:7]).abs().max() < 1e-5
+    assert (single.logits - whole[:, 7:8]).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_only_the_logits_asked_for_are_computed():
+    model, ids = build(**VARIANTS["everything"]), random_ids()
+    whole = model(ids).logits
+    assert torch.equal(model(ids, logits_to_keep=2).logits, whole[:, -2:])
+    chosen = torch.tensor([1, 5])
+    assert torch.equal(model(ids, logits_to_keep=chosen).logits, whole[:, chosen])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", ["everything", "plain"])
+def test_saving_and_loading_is_the_identity_by_every_road(variant, tmp_path):
+    model, ids = build(**VARIANTS[variant]), random_ids()
+    assert model.source is None
+    model.save_pretrained(tmp_path / "m")
+    assert {p.name for p in (tmp_path / "m").iterdir()} >= {"config.json", "model.safetensors"}
+    assert set(load_file(tmp_path / "m" / "model.safetensors")) == set(model.state_dict())
+    for loader in (SparseGPT, AutoModelForCausalLM):
+        again = loader.from_pretrained(tmp_path / "m").eval()
+        assert type(again) is SparseGPT
+        assert torch.equal(again(ids).logits, model(ids).logits)
+        assert again.fingerprint() == model.fingerprint()
+        assert again.source == Source(str(tmp_path / "m"), model.fingerprint())
+    assert model.source == again.source  # the saved one knows it too
+    config = AutoConfig.from_pretrained(tmp_path / "m")
+    assert type(config) is SparseGPTConfig
+    assert config.architecture() == model.config.architecture()
+    trunk = AutoModel.from_pretrained(tmp_path / "m").eval()
+    assert type(trunk) is SparseGPTModel
+    assert torch.equal(trunk(ids).last_hidden_state, model.model(ids).last_hidden_state)
+    _, info = SparseGPT.from_pretrained(tmp_path / "m", output_loading_info=True)
+    assert not any(info.values()), "nothing is missing, unexpected or mismatched"
+
+
+def test_a_saved_config_that_was_spoiled_is_refused(tmp_path):
+    build().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"activation_fraction": 3}))
+    with pytest.raises(ValueError, match="activation_fraction=3"):
+        SparseGPT.from_pretrained(tmp_path)
+
+
+def test_the_fingerprint_is_of_the_function_and_nothing_else():
+    model = build()
+    mark = model.fingerprint()
+    assert mark == build().fingerprint() == copy.deepcopy(model).train().fingerprint()
+    assert mark != build(seed=1).fingerprint()
+    assert mark != build(activation_fraction=0.25).fingerprint()
+    for name, p in model.named_parameters():
+        before = p.data.flatten()[0].clone()
+        p.data.view(-1)[0] += 1
+        assert model.fingerprint() != mark, name
+        p.data.view(-1)[0] = before
+    assert model.fingerprint() == mark
+
+
+@pytest.mark.parametrize("sinks", [True, False])
+def test_weights_start_as_specified(sinks):
+    torch.manual_seed(0)
+    shape = dict(hidden_size=128, num_hidden_layers=3, bigram_table=True, positions="learned")
+    config = SparseGPTConfig(**shape, attention_sinks=sinks)
+    model = SparseGPT(config)
+    w = dict(model.named_parameters())
+    std = {name: p.std().item() for name, p in w.items() if p.ndim == 2}
+    for name, value in std.items():
+        shrunk = name.endswith(("attn.out.weight", "mlp.proj.weight"))
+        want = 0.02 / 6**0.5 if shrunk else 0.02
+        if name != "bigram":
+            assert abs(value / want - 1) < 0.05, name
+    assert 0 <= w["bigram"].min() and w["bigram"].max() < 0.02
+    assert all((p == 0).all() for n, p in w.items() if n.endswith(("bias", "sinks")))
+    assert all((p == 1).all() for n, p in w.items() if "norm" in n)
+
+
+def test_the_embeddings_are_found_by_hugging_face_and_are_untied():
+    model = build()
+    assert model.get_input_embeddings() is model.model.wte
+    assert model.get_output_embeddings() is model.lm_head
+    assert model.lm_head.weight is not model.model.wte.weight and model.lm_head.bias is None
+
+
+def test_every_node_location_is_a_module_of_its_width():
+    model = build()
+    widths = model.node_widths()
+    assert list(widths)[:3] == ["0.attn.act_in", "0.attn.q", "0.attn.k"] and len(widths) == 16
+    assert widths["1.mlp.post_act"] == 20 and widths["0.attn.v"] == 8
+    assert model.node("1.attn.q") is model.model.blocks[1].attn.q
+    for bad in ("2.attn.q", "0.attn.y", "attn.q", "-1.attn.q", "0.attn", ""):
+        with pytest.raises(ValueError, match="no node location .* layer 0..1 and name one of"):
+            model.node(bad)
+
+
+def test_gradients_are_the_same_with_checkpointing():
+    ids = random_ids()
+    grads = []
+    for checkpointed in (False, True):
+        model = build(**VARIANTS["everything"]).train()
+        if checkpointed:
+            model.activation_checkpointing_enable()
+        model(ids, labels=ids).loss.backward()
+        grads.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_nothing_ahead_is_seen_and_all_behind_is():
+    model, ids = build(), random_ids(1)
+    z = model.residuals(ids)[0].detach().requires_grad_()
+    model.resume(0, z, ids)[0, 4].sum().backward()
+    assert (z.grad[0, 5:] == 0).all() and (z.grad[0, :5] != 0).any(-1).all()
+
+
+def test_bad_calls_get_the_fact_and_the_limit():
+    model, ids = build(**VARIANTS["everything"]), random_ids()
+    z = model.residuals(ids)[0]
+    for site in (-1, 5):
+        with pytest.raises(ValueError, match=f"site {site} is outside 0..4"):
+            model.resume(site, z, ids)
+    with pytest.raises(ValueError, match=r"need \(3, 9, 12\)"):
+        model.resume(0, torch.cat([z, z], dim=-1), ids)
+    with pytest.raises(ValueError, match="17 positions, but the model has 16 learned"):
+        model(random_ids(1, 17))
+    with pytest.raises(ValueError, match="needs input_ids"):
+        model(inputs_embeds=z)
+    plain = build()
+    assert plain(random_ids(1, 17)).logits.shape == (1, 17, 31)
+    assert torch.equal(plain(inputs_embeds=plain.model.wte(ids)).logits, plain(ids).logits)

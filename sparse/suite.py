@@ -62,8 +62,7 @@ def brackets(split: int) -> list[Contexts]:
 
     Which forms are equally long differs between tokenizers, so three are offered:
     `[1, 2, 3, 4` and `[[1, 2], [3, 4`; the same with one more number in the flat one and two inner
-    breaks; and `[1, 2], [3, 4` and `[1, 2, [3, 4`, the only ones that have the same numbers of
-    tokens wherever `],` is one.
+    breaks; and `[ 1, 2, 3` and `[[1], [2], [3`, where a space stands in for the bracket.
     """
     names = deal(LISTS, split)
     numbers = deal([str(n) for n in range(1, 100)], split)
@@ -75,8 +74,8 @@ def brackets(split: int) -> list[Contexts]:
         elif i % 4 == 1:
             flat, nested = ", ".join(n), _nested(n[:6])
         else:
-            first, second = ", ".join(n[: 1 + i % 3]), ", ".join(n[3 : 5 + i % 2])
-            flat, nested = f"{first}], [{second}", f"{first}, [{second}"
+            k = 3 if i % 4 == 2 else 4
+            flat, nested = " " + ", ".join(n[:k]), _nested(n[:k], group=k - 2)
         start = f"    {names[i % len(names)]} = ["
         pairs.append((start + flat, start + nested))
     return list(dict.fromkeys(pairs))
@@ -103,7 +102,7 @@ SUITE = {
     ),
     "bracket_counting": Recipe(
         meaning="a nested list needs two closing brackets, a flat one needs one",
-        targets=(("]\n", "]]\n"), ("]", "]]"), ("]\n", "]")),
+        targets=(("]\n", "]]\n"), ("]", "]]"), ("]\n", "],"), ("]\n", "]")),
         contexts=brackets,
     ),
     "while_return_true": Recipe(
@@ -114,8 +113,8 @@ SUITE = {
 }
 
 
-def _nested(numbers: list[str]) -> str:
-    inner = [f"{a}, {b}" for a, b in zip(numbers[::2], numbers[1::2], strict=True)]
+def _nested(numbers: list[str], group: int = 2) -> str:
+    inner = [", ".join(numbers[i : i + group]) for i in range(0, len(numbers), group)]
     return "[" + "], [".join(inner)
 
 

@@ -49,9 +49,11 @@ def test_a_larger_share_only_adds_to_validation(tmp_path):
     assert all(is_validation(text, 0.3) for text in large.validation)
 
 
-def test_the_fingerprint_follows_names_and_contents_alone(tmp_path):
+def test_documents_come_in_the_order_of_their_names_and_the_fingerprint_follows_both(tmp_path):
     texts = numbered(80)
-    first = load_corpus(write(tmp_path / "a", texts)).fingerprint
+    corpus = load_corpus(write(tmp_path / "a", texts))
+    assert corpus.train == [text for text in texts.values() if not is_validation(text)]
+    first = corpus.fingerprint
     assert load_corpus(write(tmp_path / "b", dict(reversed(texts.items())))).fingerprint == first
     assert load_corpus(write(tmp_path / "c", texts | {"000": "other"})).fingerprint != first
     renamed = {f"x{name}": text for name, text in texts.items()}

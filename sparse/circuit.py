@@ -22,6 +22,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from .config import LOCATIONS
+from .files import replace_files
 from .model import Source, SparseGPT
 from .tasks import Task
 
@@ -309,26 +310,3 @@ def _from_values(cls, values: dict[str, Any], ablation: dict[str, Tensor], folde
 def _depth(location: str) -> tuple[int, int]:
     layer, _, rest = location.partition(".")
     return int(layer), LOCATIONS.index(rest)
-
-
-def replace_files(folder: Path, files: dict[str, bytes]) -> None:
-    """Write all files beside their places, flush them to disk, then move them there."""
-    written: list[Path] = []
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
-            written.append(folder / f"{name}.tmp")
-            with open(written[-1], "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        for path in written:
-            os.replace(path, path.with_suffix(""))
-    except OSError as error:
-        for path in written:
-            path.unlink(missing_ok=True)
-        raise OSError(
-            error.errno,
-            f"could not write {list(files)} in {folder} ({error.strerror}); what was there before "
-            "is untouched; free some space or choose another folder, and save again",
-        ) from error

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int, Shaped
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from .circuit import replace_files
+from .files import replace_files
 from .model import SparseGPT
 from .nodes import edited, recorded
 from .tasks import TaskBatch

@@ -152,7 +152,7 @@ def test_a_full_disk_leaves_the_old_circuit_intact(full, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", no_space)
-        with pytest.raises(OSError, match="untouched; free some space") as failed:
+        with pytest.raises(OSError, match="untouched: free some space") as failed:
             other.save(tmp_path)
     assert failed.value.errno == errno.ENOSPC
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before

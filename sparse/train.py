@@ -232,10 +232,19 @@ class _Run:
 
     def write(self, line: dict) -> None:
         """Append a line to log.jsonl."""
-        if self.accelerator.is_main_process:
+        if not self.accelerator.is_main_process:
+            return
+        path = self.folder / "log.jsonl"
+        try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with (self.folder / "log.jsonl").open("a") as file:
+            with path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"could not append to {path} ({error.strerror or error}); the checkpoints are "
+                "whole: free some space and start the same command again to resume",
+            ) from error
 
     def save(self, step: int) -> None:
         """Write a checkpoint and drop the oldest."""

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from math import isfinite
 from pathlib import Path
 from time import monotonic
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -161,7 +162,7 @@ def fit(
             if evaluate and (last or _due(step, config.evaluate_every)):
                 run.write({"step": step} | {f"val/{n}": v for n, v in evaluate().items()})
             if stop or last or step % config.checkpoint_every == 0:
-                run.save(step)
+                run.save(step, losses, rms)
             if stop and not last:
                 raise Interrupted(f"stopped by {stop[0]} after step {step}; its state is saved")
 
@@ -211,14 +212,9 @@ class _Run:
         return ids[rank::world].to(self.accelerator.device)
 
     def log(self, step: int, losses: dict[str, Tensor], rms: dict[str, Tensor], notes) -> dict:
-        """Write one line; refuse to go on from a loss that is not a number."""
-        terms = {name: value.item() for name, value in losses.items()}
+        """Write one line."""
+        terms = self.numbers(step, losses, rms)
         total = sum(terms.values())
-        if total != total or abs(total) == float("inf"):
-            raise FloatingPointError(
-                f"the loss at step {step} is {total} ({terms}); the checkpoint before it is whole: "
-                "lower the learning rate or raise the warm-up and resume"
-            )
         seconds = monotonic() - self.started
         self.write(
             {"step": step, "loss/total": total}
@@ -229,6 +225,19 @@ class _Run:
             | {"time/seconds": seconds, "time/tokens_per_second": self.tokens / seconds}
         )
         return {"loss": total} | terms
+
+    def numbers(
+        self, step: int, losses: dict[str, Tensor], rms: dict[str, Tensor]
+    ) -> dict[str, float]:
+        """The losses as numbers; refuse to go on where they or the gradients are none."""
+        terms = {name: value.item() for name, value in losses.items()}
+        seen = terms | {f"gradient of {name}": value.item() for name, value in rms.items()}
+        if not all(map(isfinite, seen.values())):
+            raise FloatingPointError(
+                f"the loss at step {step} is {sum(terms.values())} ({seen}); the checkpoint before "
+                "it is whole: lower the learning rate or raise the warm-up and resume"
+            )
+        return terms
 
     def write(self, line: dict) -> None:
         """Append a line to log.jsonl."""
@@ -246,8 +255,9 @@ class _Run:
                 "whole: free some space and start the same command again to resume",
             ) from error
 
-    def save(self, step: int) -> None:
-        """Write a checkpoint and drop the oldest."""
+    def save(self, step: int, losses: dict[str, Tensor], rms: dict[str, Tensor]) -> None:
+        """Write a checkpoint and drop the oldest; never one that a broken step left."""
+        self.numbers(step, losses, rms)
         self.accelerator.wait_for_everyone()
         if not self.accelerator.is_main_process:
             return

@@ -8,6 +8,8 @@ Both in nats per position, over all positions (Gao et al. 2025, section 3.3, L_K
 
 from __future__ import annotations
 
+from hashlib import sha256
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -24,7 +26,8 @@ def draw_sites(
     A pure function of (seed, step). Sequence b gets sites[(u + b) mod S] with u uniform, so every
     marginal is uniform and the mean over sequences is an unbiased mean over sites.
     """
-    rng = torch.Generator().manual_seed((seed << 32) + step)
+    digest = sha256(f"{seed} {step}".encode()).digest()  # a generator reads 32 bits of its seed
+    rng = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
     start = torch.randint(len(sites), (), generator=rng)
     return torch.tensor(sites)[(start + torch.arange(n_sequences)) % len(sites)]
 

@@ -61,6 +61,9 @@ class BridgeConfig:
     """The bridged sites in ascending order; all of them when not given."""
 
     def __post_init__(self) -> None:
+        for name in ("d_dense", "d_sparse", "n_sites"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"BridgeConfig.{name}={getattr(self, name)} must be at least 1")
         if not 1 <= self.k <= self.d_sparse:
             raise ValueError(f"BridgeConfig.k={self.k} is outside 1..d_sparse={self.d_sparse}")
         sites = tuple(self.sites) or tuple(range(self.n_sites))
@@ -169,8 +172,7 @@ class BridgeSet(nn.Module):
             ("sparse", sparse, self.sparse_fingerprint),
         )
         for side, model, expected in mine:
-            found = fingerprint(model)
-            if expected is not None and found != expected:
+            if expected is not None and (found := fingerprint(model)) != expected:
                 raise ValueError(
                     f"the {side} model's weights (fingerprint {found}) are not those these bridges "
                     f"were trained with ({expected}); load that {side} model, or train new bridges"

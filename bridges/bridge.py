@@ -190,7 +190,7 @@ class BridgeSet(nn.Module):
     @classmethod
     def load(cls, folder: str | Path) -> BridgeSet:
         """Read what `save` wrote."""
-        tensors, state = read_folder(Path(folder))
+        tensors, state = read_folder(Path(folder), "bridges")
         bridges = cls(BridgeConfig.from_dict(state["config"]))
         bridges.load_state_dict(tensors["bridges"])
         bridges.dense_fingerprint = state["dense_fingerprint"]

@@ -44,18 +44,19 @@ def write_folder(folder: Path, tensors: dict[str, dict[str, Tensor]], state: dic
         ) from error
 
 
-def read_folder(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """Return what `write_folder` wrote; a damaged folder raises and names the file."""
+def read_folder(folder: Path, *stems: str) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """Return what `write_folder` wrote under these stems; a damaged file is named."""
     path = folder / STATE
     try:
         state = json.loads(path.read_text())
         tensors = {}
-        for path in sorted(folder.glob("*.safetensors")):
-            tensors[path.stem] = load_file(path)
-    except (OSError, json.JSONDecodeError, SafetensorError) as error:
+        for stem in stems:
+            path = folder / f"{stem}.safetensors"
+            tensors[stem] = load_file(path)
+    except (OSError, ValueError, SafetensorError) as error:  # ValueError: no JSON, or no text
         raise ValueError(
-            f"{path} cannot be read: {error}; delete the folder {folder} to resume from the one "
-            "before it, or restore the file"
+            f"{path} cannot be read: {error}; restore the file, or, if {folder} is a checkpoint, "
+            "delete it to resume from the one before it"
         ) from error
     return tensors, state
 

@@ -284,7 +284,7 @@ class _Run:
         if not saved:
             self._cut_log(0)
             return 0
-        tensors, state = read_folder(saved[-1])
+        tensors, state = read_folder(saved[-1], "module", "adam")
         self._same_run(state["identity"], saved[-1])
         self.module.load_state_dict(tensors["module"])
         for group in self.groups:

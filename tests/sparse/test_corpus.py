@@ -68,7 +68,7 @@ def test_a_folder_is_read_whatever_its_files_are_and_skips_are_counted(tmp_path)
     (folder / "latin.py").write_bytes("# coding: latin-1\nz = 'é'\n".encode("latin-1"))
     (folder / "broken.py").write_bytes(b"z = '\xff'\n")
     (folder / "other.bin").write_bytes(b"\0\1")
-    (folder / "rows.jsonl").write_text('{"text": "one\\u2028line"}\n\n{"text": "two"}\n')
+    (folder / "rows.jsonl").write_text('{"text": "one\u2028line"}\n\n{"text": "two"}\n', "utf-8")
     corpus = load_corpus(folder)
     read = corpus.train + corpus.validation
     assert {"x = 'ä'\n", "# head\n", "one\u2028line", "two"} <= set(read)

@@ -98,8 +98,8 @@ def read_text(args, tokenizer):
         sys.exit(f"{args.dense} has no tokenizer; save one beside the model's weights")
     corpus = load_corpus(args.dataset)
     cache = Path(args.output_dir) / "tokens"
-    train = pack(corpus.train, tokenizer, args.length, cache=cache / "train.safetensors")
-    heldout = pack(corpus.validation, tokenizer, args.length, cache=cache / "heldout.safetensors")
+    train = pack(corpus.train, tokenizer, args.length, cache=cache)
+    heldout = pack(corpus.validation, tokenizer, args.length, cache=cache)
     data = {"name": corpus.name, "fingerprint": corpus.fingerprint, "tokens": train.numel()}
     return train, heldout[:64], {"data": data}
 

@@ -159,7 +159,7 @@ def main() -> None:
     import torch
     from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-    from sparse.data import Batches, load_corpus, pack
+    from sparse import Batches, load_corpus, pack
 
     recipe = Recipe()
     steps = min(args.steps, 20) if args.smoke else args.steps

@@ -13,8 +13,8 @@ from typing import Any
 from .report import number
 from .scores import Curve, Score
 
-WIDTH, HEIGHT = 460, 220
-LEFT, RIGHT, TOP, BOTTOM = 46, 96, 14, 30
+WIDTH, HEIGHT = 520, 230
+LEFT, RIGHT, TOP, BOTTOM = 46, 122, 14, 30
 MOST_POINTS = 300
 STRIP = 132
 Number = int | float
@@ -30,7 +30,7 @@ class Scale:
         self.log = log
         low, high = min(values), max(values)
         if low == high:
-            low, high = (low / 2, high * 2) if log else (low - 0.5, high + 0.5)
+            low, high = (low / 2, high * 2) if log else (min(0, 2 * low), max(0, 2 * high) or 1)
         self.low, self.high, self.start, self.end = low, high, start, end
 
     def __call__(self, x: Number) -> float:
@@ -196,9 +196,9 @@ def graph_layout(graph: Mapping[str, Any]) -> dict[str, Any]:
             ids.sort(key=lambda n: sum(pull[n]) / len(pull[n]))
             height |= {node: (i + 0.5) / len(ids) for i, node in enumerate(ids)}
     most = max((len(ids) for ids in columns.values()), default=1)
-    tall, wide = max(180, 15 * most), 104
+    tall, wide = max(180, 15 * most), min(110, max(62, 1030 // max(1, len(columns))))
     place = {
-        node: (40 + wide * c, round(44 + tall * height[node], 1))
+        node: (40 + wide * c, round(52 + tall * height[node], 1))
         for c, ids in enumerate(columns.values())
         for node in ids
     }
@@ -209,9 +209,9 @@ def graph_layout(graph: Mapping[str, Any]) -> dict[str, Any]:
         "summary": f"{graph['n_nodes']} nodes, {graph['n_edges']} edges",
         "left_out": graph["n_nodes"] - len(graph["nodes"]),
         "width": 40 + wide * len(columns) + 20,
-        "height": tall + 64,
+        "height": tall + 68,
         "columns": [
-            {"x": 40 + wide * c, "text": at, "n": len(ids)}
+            {"x": 40 + wide * c, "lines": _split(at), "n": len(ids)}
             for c, (at, ids) in enumerate(columns.items())
         ],
         "nodes": [
@@ -239,6 +239,11 @@ def _bend(a: tuple[Number, Number], b: tuple[Number, Number]) -> str:
     (x, y), (u, v) = a, b
     third = (u - x) / 2.2
     return f"M{x},{y} C{x + third:.1f},{y} {u - third:.1f},{v} {u},{v}"
+
+
+def _split(location: str) -> tuple[str, str]:
+    layer, part, name = location.split(".")
+    return f"{layer}.{part}", name
 
 
 def _short(name: str, location: str) -> str:

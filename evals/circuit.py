@@ -49,11 +49,10 @@ def evaluate_circuit(
 ) -> list[Score]:
     """Score `circuit` on a split of its task, beside `draws` random circuits of equal size.
 
-    `nonsense` is the circuit that `prune` found for the nonsense twin of the task: the control of
-    the size. `equal_size` is the twin's circuit of as many nodes (`nonsense_at_size`): a method
-    that reaches a low loss there too is over-expressive. `means` serve the second kind of ablation
-    when the circuit's own is zero; by default they are read from its source folder, and without
-    any the second row is left out. Raises ValueError for a circuit of another model.
+    `nonsense` is what `prune` found for the nonsense twin of the task, the control of the size;
+    `equal_size` its circuit of as many nodes (`nonsense_at_size`): a low loss there too means the
+    method is over-expressive. `means` serve a second row where the circuit's own ablation is zero
+    (default: from its source folder, else no row). A circuit of another model is a ValueError.
     """
     circuit.check(model)
     batch = circuit.task.batch(tokenizer, split).to(next(model.parameters()).device)
@@ -82,18 +81,18 @@ def evaluate_circuit(
         given = {"unit": "nats", "better": "lower", "control_name": RANDOM, "seed": seed}
         return paired(name, measure(circuit), control, **{**given, **more})
 
-    empty = sufficient(circuit.with_nodes([], "none"), circuit.ablation)
-    detail = _context(circuit, batch, full, empty)
+    nothing = circuit.with_nodes([], "none")
+    detail = _context(circuit, batch, full, sufficient(nothing, circuit.ablation))
     rows = [
         row(f"sufficiency, {kind} ablation", partial(sufficient, ablation=a), drawn, detail=detail)
         for kind, a in _ablations(circuit, means).items()
     ]
-    more = {"better": "higher", "control_name": OTHERS, "detail": detail}
-    rows.append(row("necessity", necessary, apart, **more))
+    more = {"better": "higher", "control_name": OTHERS}
+    rows.append(row("necessity", necessary, apart, detail=detail, **more))
     rows.append(row("KL(full || circuit)", fidelity, drawn, detail=detail))
-    rows += _sizes(model, circuit, drawn, nonsense)
     bar.close()
-    twins = [twin for twin in (equal_size, nonsense) if twin is not None]
+    rows += _sizes(model, circuit, drawn, nonsense)
+    twins = (twin for twin in (equal_size, nonsense) if twin is not None)
     return rows + [_nonsense(model, circuit, twin, tokenizer, batch, seed) for twin in twins]
 
 

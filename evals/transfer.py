@@ -3,9 +3,11 @@
     delta        what the circuit's intervention adds to the dense stream at one site (5.3)
     steer        P(target of the other context), two-token softmax, at h + strength * delta
     ablate       task nats of the dense model at h + delta of ablating the circuit's nodes
-    random       at every token, a direction drawn at random of the length of delta there
+    directions   at every token, a direction drawn at random of the length of delta there
+    rotations    delta turned by one random rotation: same lengths, same structure, other directions
 
-A random direction is equal in size to the claim and empty of content. Means are over pairs.
+Both are equal in size to the claim and empty of content; the second is the harder to beat. Means
+are over pairs.
 """
 
 from __future__ import annotations
@@ -22,12 +24,19 @@ from tqdm import tqdm
 
 from sparse.tasks import Task
 
-from .bench import Bench, random_like
+from .bench import Bench, random_like, rotated
 from .scores import Curve, Score, paired, per_pair
 
 DIRECTIONS = "random directions of equal norm"
+ROTATIONS = "random rotations of the same delta"
 CIRCUITS = "random circuits of equal size"
 NODES = "random sets of equally many other nodes"
+SHORT = {
+    DIRECTIONS: "directions",
+    ROTATIONS: "rotations",
+    CIRCUITS: "circuits",
+    NODES: "nodes",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,12 +72,12 @@ def measure_transfer(
     """Score steering and ablation on the test split, and return the effect curves beside them.
 
     Rows of steering are at strength 1 and, when it is another, at the strength that moved the
-    validation split most. Each is beside `draws` random directions of equal per-token norm and
-    beside `circuit_draws` random circuits of equal size; the full activation patch is in the
-    detail. At strengths without a row the curve has `curve_draws` of these directions. At most
-    `max_pairs` pairs of a split are used, the first ones. Task and tokenizer
-    default to the circuit's and the dense model's. Raises ValueError where the fast engine (the
-    delta added, the model resumed) and `dense_circuit.steer` disagree.
+    validation split most. Each is beside `draws` random directions of equal per-token norm, as
+    many rotations, and `circuit_draws` random circuits of equal size; the full activation patch is
+    in the detail. At strengths without a row the curve has `curve_draws` of the first two. At most
+    `max_pairs` pairs of a split are used, the first ones. Task and tokenizer default to the
+    circuit's and the dense model's. Raises ValueError where the fast engine (the delta added, the
+    model resumed) and `dense_circuit.steer` disagree.
     """
     job: Task = dense_circuit.circuit.task if task is None else task
     tokenizer = tokenizer or dense_circuit.dense.tokenizer
@@ -81,7 +90,7 @@ def measure_transfer(
     chosen = _best_strength(dense_circuit, job, tokenizer, strengths, max_pairs)
     bench.check()
     at = {float(s): draws if s in (1, chosen) else min(curve_draws, draws) for s in strengths}
-    total = sum(at.values()) + circuit_draws * len(at) + draws + node_draws
+    total = 2 * sum(at.values()) + circuit_draws * len(at) + 2 * draws + node_draws
     bar = tqdm(total=total, desc=f"dense {job.name}", disable=not progress, leave=False)
     steering, curve = _steer_rows(bench, at, chosen, circuit_draws, seed, bar.update)
     shape = _shape_rows(bench, draws, circuit_draws, seed)
@@ -118,13 +127,14 @@ def _steer_rows(
         for circuit in bench.circuits(circuit_draws, seed)
     ]
     rows: list[Score] = []
-    lines: dict[str, list[Tensor]] = {"circuit": [], DIRECTIONS: [], CIRCUITS: []}
+    lines: dict[str, list[Tensor]] = {"circuit": [], DIRECTIONS: [], ROTATIONS: [], CIRCUITS: []}
     on_curve = min(draws_at.values())
     for strength, draws in draws_at.items():
         own = bench.logits(strength * bench.delta)
-        random = (strength * random_like(bench.delta, seed + i) for i in range(draws))
+        scaled, seeds = strength * bench.delta, range(seed, seed + draws)
         controls = {
-            DIRECTIONS: _stack(bench, random, tick),
+            DIRECTIONS: _stack(bench, (random_like(scaled, i) for i in seeds), tick),
+            ROTATIONS: _stack(bench, (rotated(scaled, i) for i in seeds), tick),
             CIRCUITS: _stack(bench, (strength * other for other in others), tick),
         }
         lines["circuit"].append(bench.moved(own).mean()[None])
@@ -143,7 +153,7 @@ def _steer_rows(
         }
         given = {"better": "higher", "detail": detail, "seed": seed}
         for name, (moved, margin) in controls.items():
-            against = "directions" if name == DIRECTIONS else "circuits"
+            against = SHORT[name]
             p = {"unit": "probability", "control_name": name, **given}
             rows.append(paired(f"steering, {word}, v. {against}", bench.moved(own), moved, **p))
             if name == DIRECTIONS:
@@ -239,21 +249,23 @@ def _ablation_rows(
         bench.mapped.delta_ablate(bench.ids, nodes=list(circuit))
         for circuit in bench.circuits(node_draws, seed, outside=True)
     )
+    seeds = range(seed, seed + draws)
     controls = {
-        NODES: ("nodes", nodes),
-        DIRECTIONS: ("directions", (random_like(delta, seed + i) for i in range(draws))),
+        NODES: nodes,
+        DIRECTIONS: (random_like(delta, i) for i in seeds),
+        ROTATIONS: (rotated(delta, i) for i in seeds),
     }
     untouched = float(bench.nats(bench.logits(0 * delta)).mean())
     detail = {"site": bench.site, "untouched": untouched}
     rows = []
-    for name, (against, deltas) in controls.items():
+    for name, deltas in controls.items():
         found = []
         for y in bench.many(deltas):
             found.append(bench.nats(y))
             tick()
         rows.append(
             paired(
-                f"ablation, v. {against}",
+                f"ablation, v. {SHORT[name]}",
                 own,
                 torch.stack(found),
                 unit="nats",

@@ -31,6 +31,9 @@ LEGEND = (
     ("necessity", "the task fails without these nodes; not that no other part takes part"),
     ("nonsense twin", "the same search on a task without sense; when it does as well, the search "
      "explains anything and this circuit explains nothing"),
+    ("v. directions, v. rotations", "a direction drawn anew at every token; or the circuit's own "
+     "change turned as a whole, so that its structure stays. The second is the stricter control: "
+     "bridges that were never trained can beat the first"),
     ("steering, ablation", "the dense model moves as the circuit says, at one site and for these "
      "prompts; strengths of differently trained bridges cannot be compared"),
     ("FVU", "fraction of variance a bridge misses: 0 perfect, 1 no better than the mean"),
@@ -129,5 +132,10 @@ def _summary(report: Report) -> list[dict[str, Any]]:
 def _telling(rows: Sequence[Score]) -> list[dict[str, Any]]:
     """Return the rows a claim stands or falls with."""
     wanted = ("sufficiency, mean", "necessity", "nonsense twin", "ablation, v. nodes")
-    wanted += ("steering, strength 1, v. directions", "loss recovered", "KL(dense || sparse)")
+    wanted += (
+        "steering, strength 1, v. directions",
+        "steering, strength 1, v. rotations",
+        "loss recovered",
+        "KL(dense || sparse)",
+    )
     return [_row(row) for row in rows if row.name.startswith(wanted)]

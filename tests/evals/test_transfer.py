@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dense import Edit, run_edited
-from evals.bench import Bench, random_like
+from evals.bench import Bench, random_like, rotated
 from evals.transfer import evaluate_transfer, measure_transfer
 
 
@@ -63,6 +63,26 @@ def test_random_directions_have_the_delta_s_norm_at_every_token():
     assert cosines.mean().abs() < 0.03 and 0.15 < cosines.std() < 0.35  # 1/sqrt(16)
 
 
+def test_a_rotation_keeps_every_length_and_every_angle():
+    delta = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(0))
+    flat, turned = delta.flatten(0, 1), rotated(delta, 1).flatten(0, 1)
+    torch.testing.assert_close(turned @ turned.T, flat @ flat.T)
+    assert torch.cosine_similarity(flat, turned, dim=-1).abs().mean() < 0.5
+
+
+class Untrained(Planted):
+    """A delta with all the structure of the true one, through a decoder that knows nothing."""
+
+    def delta_steer(self, ids, counterfactual_ids, nodes=None, site=None):
+        return rotated(super().delta_steer(ids, counterfactual_ids, nodes, site), 777)
+
+
+def test_an_untrained_decoder_does_not_beat_rotations(dense, sparse, make_circuit, task):
+    planted = Untrained(dense, sparse, make_circuit({"0.attn.q": (0,)}), 1.0)
+    rows = {row.name: row for row in evaluate_transfer(planted, task, draws=30, **FEW)}
+    assert not rows["steering, strength 1, v. rotations"].verdict.startswith("beats")
+
+
 def test_the_fast_engine_is_the_nnsight_path(bench):
     for seed in range(3):
         delta = random_like(bench.delta, seed)
@@ -84,6 +104,7 @@ def test_a_full_patch_planted_as_a_circuit_beats_every_random_direction(plant, t
     rows = {row.name: row for row in done.scores}
     row = rows["steering, strength 1, v. directions"]
     assert row.verdict == "beats 100 of 100 random directions of equal norm"
+    assert rows["steering, strength 1, v. rotations"].verdict.startswith("beats 100 of 100")
     assert row.value == pytest.approx(row.detail["full activation patch"], abs=1e-5)
     assert row.value > row.detail["untouched"] + 0.1
     assert rows["cosine of delta with the true dense difference"].value == pytest.approx(1)
@@ -101,7 +122,7 @@ def test_the_curve_starts_untouched_and_holds_every_draw(plant, task):
     (curve,) = measure_transfer(plant(0.5), task, draws=9, curve_draws=7, **FEW).curves
     assert curve.x == (0.0, 0.5, 1.0, 2.0)
     draws = [draw for lines in curve.controls.values() for draw in lines]
-    assert len(draws) == 7 + 3 and {draw[0] for draw in draws} == {curve.value[0]}
+    assert len(draws) == 7 + 7 + 3 and {draw[0] for draw in draws} == {curve.value[0]}
     patch = curve.references["full activation patch"]
     assert curve.value[3] == pytest.approx(patch[3], abs=1e-5)  # 2 x 0.5 of the difference
 

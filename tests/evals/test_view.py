@@ -97,14 +97,7 @@ def report():
             score("KL(full || circuit)", "nats", 2.4, around(2.35), circuits, **low),
         ),
         "single_double_quote: the same circuit in the dense model": (
-            score(
-                "steering, strength 1, v. directions",
-                "probability",
-                0.21,
-                flat,
-                directions,
-                **patch,
-            ),
+            score(first, "probability", 0.21, flat, directions, **patch),
             score(steering, "probability", 0.02, around(0.5, 10), circuits, **patch),
         ),
     }

@@ -35,7 +35,7 @@ def build(seed=0, **fields):
     torch.manual_seed(seed)
     model = SparseGPT(SparseGPTConfig(**(FIELDS | fields))).eval()
     with torch.no_grad():
-        for name, p in model.named_parameters():
+        for p in model.parameters():
             if p.ndim == 1:  # norms, biases and sinks that do something
                 p += 0.3 * torch.randn_like(p)
     return model
@@ -184,26 +184,29 @@ def test_the_loss_is_the_mean_cross_entropy_of_the_next_token():
 
 
 @torch.no_grad()
-def test_generation_with_cache_is_generation_without(model):
-    prompt = random_ids(2, 5)
-    how = dict(max_new_tokens=8, do_sample=True, pad_token_id=0, eos_token_id=None)
+@pytest.mark.parametrize("variant", ["plain", "everything"])
+def test_generation_with_cache_is_generation_without(variant):
+    model, prompt = build(**VARIANTS[variant]), random_ids(2, 5)
+    how = dict(max_new_tokens=5, do_sample=True, pad_token_id=0, eos_token_id=None)
 
     def sample(use_cache):
         torch.manual_seed(0)
         return model.generate(prompt, use_cache=use_cache, **how)
 
-    assert torch.equal(sample(True), sample(False)) and len(sample(True)[:, 5:].unique()) > 3
+    cached = sample(True)
+    assert torch.equal(cached, sample(False)) and len(cached[:, 5:].unique()) > 2
     greedy = model.generate(prompt, **(how | {"do_sample": False}))
-    for t in range(5, 13):  # an oracle that knows nothing of generate
+    for t in range(5, 10):  # an oracle that knows nothing of generate
         assert torch.equal(model(greedy[:, :t]).logits[:, -1].argmax(-1), greedy[:, t])
 
 
 @torch.no_grad()
-def test_generation_from_left_padded_prompts_is_generation_alone(model):
-    prompt = random_ids(2, 6)
+@pytest.mark.parametrize("variant", ["plain", "everything"])
+def test_generation_from_left_padded_prompts_is_generation_alone(variant):
+    model, prompt = build(**VARIANTS[variant]), random_ids(2, 6)
     mask = torch.ones_like(prompt)
     mask[0, :3] = 0
-    how = dict(max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None)
+    how = dict(max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=None)
     both = model.generate(prompt, attention_mask=mask, **how)
     alone = model.generate(prompt[:1, 3:], **how)
     assert torch.equal(both[0, 6:], alone[0, 3:])

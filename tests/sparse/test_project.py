@@ -1,0 +1,263 @@
+import pytest
+import torch
+
+from sparse.model import SparseGPT, SparseGPTConfig
+from sparse.project import (
+    Anneal,
+    SparsityConfig,
+    budgets,
+    check_budgets,
+    chosen_cpu,
+    chosen_reference,
+    project_,
+    project_model_,
+)
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+def random(rows, cols, dtype=torch.float32, seed=0):
+    return torch.randn(rows, cols, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def brute_force(weight, keep, floor, dim):
+    """The definition with lists: protect, then fill up, ties by lowest index."""
+    n_rows, n_cols = weight.shape
+    size = [(-abs(weight[i, j].item()), i, j) for i in range(n_rows) for j in range(n_cols)]
+    slices = [[e for e in size if e[1 + dim] == s] for s in range(weight.shape[dim])]
+    kept = {e for entries in slices for e in sorted(entries)[:floor]}
+    kept |= set([e for e in sorted(size) if e not in kept][: keep - len(kept)])
+    chosen = torch.zeros(n_rows, n_cols, dtype=torch.bool)
+    for _, i, j in kept:
+        chosen[i, j] = True
+    return chosen
+
+
+def hard_matrices(dtype):
+    tiny = torch.finfo(dtype).smallest_normal
+    lonely = random(6, 5, dtype)
+    lonely[2:] *= 1e-3  # the plain choice would leave rows and columns empty
+    lonely[:, 1:3] *= 1e-3
+    yield lonely
+    yield (random(6, 5, dtype, seed=1) * 2).round()  # ties and zeros
+    yield torch.zeros(6, 5, dtype=dtype)
+    yield -torch.ones(6, 5, dtype=dtype)
+    yield random(6, 5, dtype, seed=2).sign() * tiny / 4  # denormal
+    yield random(5, 6, dtype, seed=3).T  # strided
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [0, 1])
+def test_both_ways_of_choosing_are_the_definition(dtype, dim):
+    for weight in hard_matrices(dtype):
+        n_slices = weight.shape[dim]
+        for floor in (0, 1, 2, weight.shape[1 - dim]):
+            for keep in {n_slices * floor, n_slices * floor + 3, 17, 30}:
+                if not n_slices * floor <= keep <= 30:
+                    continue
+                want = brute_force(weight, keep, floor, dim)
+                assert torch.equal(chosen_reference(weight, keep, floor, dim), want)
+                assert torch.equal(chosen_cpu(weight, keep, floor, dim), want)
+
+
+def uneven():
+    """A matrix in which some rows and columns are much smaller than others."""
+    return random(20, 30) * random(20, 1, seed=1).exp() ** 4 * random(1, 30, seed=2).exp() ** 4
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_exactly_the_budget_is_kept_and_the_floor_is_inside_it(dim):
+    for keep in (60, 61, 200, 599, 600):
+        weight = uneven()
+        before = weight.clone()
+        project_(weight, keep, 2, dim)
+        assert weight.count_nonzero() == keep
+        assert weight.count_nonzero(dim=1 - dim).min() >= 2
+        kept = weight != 0
+        assert torch.equal(weight[kept], before[kept])
+
+
+def test_control_without_a_floor_neurons_die():
+    for dim in (0, 1):
+        weight = (
+            random(20, 30) * random(20, 1, seed=1).exp() ** 4 * random(1, 30, seed=2).exp() ** 4
+        )
+        project_(weight, 60, 0, dim)
+        assert weight.count_nonzero() == 60 and weight.count_nonzero(dim=1 - dim).min() == 0
+
+
+def test_projection_is_idempotent_and_nested():
+    once = random(9, 7)
+    project_(once, 30, 2, 1)
+    twice = once.clone()
+    project_(twice, 30, 2, 1)
+    assert torch.equal(once, twice)
+    step, direct = random(9, 7), random(9, 7)
+    for keep in (50, 35, 20):
+        project_(step, keep)
+    project_(direct, 20)
+    assert torch.equal(step, direct)
+
+
+def test_it_works_in_place_on_whatever_it_is_given():
+    base = random(8, 10)
+    view = base[1:7, ::2]
+    want = torch.where(chosen_reference(view, 9, 1, 0), view, 0.0)
+    untouched = base[:, 1::2].clone()
+    project_(view, 9, 1, 0)
+    assert torch.equal(base[1:7, ::2], want) and torch.equal(base[:, 1::2], untouched)
+    leaf = torch.nn.Parameter(random(4, 4))
+    project_(leaf, 5)
+    assert leaf.requires_grad and leaf.count_nonzero() == 5
+
+
+@pytest.mark.parametrize(
+    "keep, floor, dim, words",
+    [
+        (7, 2, 0, "2 per row; keep must be in 8..20"),
+        (9, 2, 1, "2 per column; keep must be in 10..20"),
+        (21, 0, 0, "keep must be in 0..20"),
+        (-1, 0, 0, "keep must be in"),
+        (20, 6, 0, "6 per row"),
+        (20, 0, 2, "dim=2 must be 0"),
+    ],
+)
+def test_a_budget_that_cannot_be_met_is_refused_and_nothing_is_changed(keep, floor, dim, words):
+    weight = random(4, 5)
+    before = weight.clone()
+    with pytest.raises(ValueError, match=f"project_: .*{words}"):
+        project_(weight, keep, floor, dim)
+    assert torch.equal(weight, before)
+
+
+def test_the_density_is_one_then_a_line_then_the_target():
+    steps = 1000
+    anneal = SparsityConfig(density=1 / 64).anneal(steps)
+    assert [anneal.keep(t) for t in (0, 5, 10)] == [1.0, 1.0, 1.0]
+    assert [anneal.keep(t) for t in (500, 501, 999, 5000)] == [1 / 64] * 4
+    for t in range(10, 501):
+        assert anneal.keep(t) == pytest.approx(1 - (t - 10) / 490 * (1 - 1 / 64), abs=1e-12)
+    assert anneal.keep(499) > 1 / 64
+
+
+def test_the_sharkfin_factor_is_one_at_the_target_and_smaller_before():
+    anneal = Anneal(target=1 / 16, start=10, end=50)
+    assert anneal.lr_scale(0) == 0.25 and anneal.lr_scale(50) == anneal.lr_scale(99) == 1.0
+    scales = [anneal.lr_scale(t) for t in range(10, 51)]
+    assert scales == sorted(scales)
+    for t in range(60):
+        assert anneal.lr_scale(t) == pytest.approx((anneal.target / anneal.keep(t)) ** 0.5)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 10, 99, 100, 1001])
+def test_any_number_of_steps_has_a_schedule_that_ends_at_the_target(steps):
+    config = SparsityConfig(density=0.1, embedding_density=0.4)
+    assert config.densities(steps, steps) == (0.1, pytest.approx(0.4))
+    assert config.densities(0, steps) == (1.0, 1.0)
+
+
+def test_embeddings_anneal_in_step_with_the_matrices_or_late():
+    linked = SparsityConfig(density=1 / 64, embedding_density=1 / 16, anneal_start=0.0)
+    late = SparsityConfig(
+        density=1 / 64, embedding_density=1 / 16, anneal_start=0.0, embedding_anneal="late"
+    )
+    for t in range(0, 1001, 50):
+        rho, e = linked.densities(t, 1000)
+        # e_t = lerp(e_T, 1, (rho_t - rho_T) / (1 - rho_T)), method.md 2.2
+        assert e == pytest.approx(1 / 16 + (rho - 1 / 64) / (1 - 1 / 64) * (1 - 1 / 16))
+        assert late.densities(t, 1000) == (rho, pytest.approx(min(1, 4 * rho)))
+    assert late.densities(375, 1000)[1] == 1.0 > linked.densities(375, 1000)[1]
+    assert late.densities(500, 1000)[1] == pytest.approx(1 / 16)
+
+
+def small(**fields):
+    torch.manual_seed(0)
+    return SparseGPT(
+        SparseGPTConfig(
+            vocab_size=40,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            head_dim=4,
+            intermediate_size=32,
+            max_position_embeddings=10,
+            positions="learned",
+            bigram_table=True,
+            **fields,
+        )
+    )
+
+
+def test_the_plan_names_every_tensor_that_is_projected_and_how():
+    plan = {b.name: (b.is_embedding, b.floor, b.dim) for b in budgets(small(), SparsityConfig())}
+    blocks = {}
+    for i in (0, 1):
+        for name in ("attn.qkv", "attn.out", "mlp.fc", "mlp.proj"):
+            dim = int(name in ("attn.out", "mlp.proj"))
+            blocks[f"model.blocks.{i}.{name}.weight"] = (False, 4, dim)
+            blocks[f"model.blocks.{i}.{name}.bias"] = (True, 0, 0)
+    ends = {"model.wte.weight": (True, 0, 0), "lm_head.weight": (True, 0, 0)}
+    assert plan == blocks | ends | {"model.wpe.weight": (False, 0, 0)}
+    matrices = {b.name for b in budgets(small(), SparsityConfig(sparse_biases=False))}
+    assert matrices == {name for name in plan if not name.endswith("bias")}
+
+
+def test_projecting_the_model_leaves_exactly_the_budgets_and_touches_nothing_else():
+    model = small()
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.1 * torch.randn_like(p)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    config = SparsityConfig(density=0.3, embedding_density=0.5, floor=2)
+    plan = budgets(model, config)
+    project_model_(plan, config.densities(100, 100))
+    for b in plan:
+        density = 0.5 if b.is_embedding else 0.3
+        assert b.weight.count_nonzero() == int(density * b.weight.numel()), b.name
+        if b.floor:
+            assert b.weight.count_nonzero(dim=1 - b.dim).min() >= 2, b.name
+    projected = {b.name for b in plan}
+    spared = {name for name in before if name not in projected}
+    assert {name.split(".")[-2] for name in spared if "norm" in name}
+    assert any("sinks" in name for name in spared) and "bigram" in spared
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]) == (name in spared), name
+
+
+def test_a_density_of_one_leaves_the_model_alone():
+    model = small()
+    before = model.fingerprint()
+    project_model_(budgets(model, SparsityConfig()), (1.0, 1.0))
+    assert model.fingerprint() == before
+
+
+def test_a_final_budget_below_the_floor_is_refused_with_the_density_that_would_do():
+    config = SparsityConfig(density=0.01)
+    plan = budgets(small(), config)
+    with pytest.raises(ValueError, match="blocks.0.attn.qkv.weight: .* raise the density") as error:
+        check_budgets(plan, (0.01, 0.25))
+    needed = float(str(error.value).split("at least ")[1].split()[0])
+    assert needed == pytest.approx(4 * 24 / (24 * 16))
+    check_budgets(budgets(small(), SparsityConfig(floor=0)), (0.01, 0.25))
+    check_budgets(plan, (0.51, 0.25))
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        (dict(density=0.0), r"density=0.0 must be in \(0, 1\]"),
+        (dict(embedding_density=1.5), r"embedding_density=1.5 must be in \(0, 1\]"),
+        (dict(floor=-1), "floor=-1"),
+        (dict(anneal_start=0.5, anneal_end=0.5), "anneal_start < anneal_end"),
+        (dict(anneal_end=1.1), "anneal_end <= 1"),
+    ],
+)
+def test_a_schedule_that_makes_no_sense_is_refused(fields, words):
+    with pytest.raises(ValueError, match=words):
+        SparsityConfig(**fields)
+
+
+def test_an_anneal_that_makes_no_sense_is_refused():
+    for fields in (dict(target=0.0), dict(target=2.0), dict(start=5), dict(start=-1)):
+        with pytest.raises(ValueError, match="Anneal"):
+            Anneal(**(dict(target=0.5, start=0, end=5) | fields))

@@ -67,10 +67,10 @@ def main() -> None:
     say(f"{accelerator.num_processes} process(es) on {accelerator.device}, {threads} threads each")
     dense = DenseModel.from_pretrained(args.dense)
     say(dense.describe())
-    train, heldout, facts = read_text(args, dense.tokenizer)
-    say(f"text: {facts['data']['name']}, {train.numel():,} training tokens")
     sparse, config, shape = design(args, dense)
     say(f"twin: {sparse.num_parameters():,} parameters, {config.sparsity.density:.4f} kept")
+    train, heldout, facts = read_text(args, dense.tokenizer)
+    say(f"text: {facts['data']['name']}, {train.numel():,} training tokens")
     bridges = BridgeSet(shape, seed=args.seed)
     batches = Batches(train, args.batch, args.seed)
     cotrain(dense, sparse, bridges, batches, config, heldout.split(16)[:4], accelerator)
@@ -137,6 +137,7 @@ def design(args, dense):
         ),
         sparsity=SparsityConfig(density=args.density, embedding_density=min(1, 4 * args.density)),
     )
+    config.sparsity.check(sparse)
     return sparse, config, BridgeConfig.between(dense, sparse, k=width // 4)
 
 

@@ -171,6 +171,10 @@ class SparsityConfig:
         share = (rho - self.density) / (1 - self.density) if self.density < 1 else 0.0
         return rho, final + share * (1 - final)
 
+    def check(self, model: SparseGPT) -> None:
+        """Raise ValueError unless every tensor's final budget holds its floor."""
+        check_budgets(budgets(model, self), (self.density, self.embedding_density))
+
 
 @dataclass(frozen=True, slots=True)
 class Budget:

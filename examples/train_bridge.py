@@ -67,6 +67,8 @@ def main() -> None:
     say(f"{accelerator.num_processes} process(es) on {accelerator.device}, {threads} threads each")
     dense = DenseModel.from_pretrained(args.dense)
     say(dense.describe())
+    if dense.tokenizer is None:
+        raise ValueError(f"{args.dense} has no tokenizer; save one beside the model's weights")
     sparse, config, shape = design(args, dense)
     say(f"twin: {sparse.num_parameters():,} parameters, {config.sparsity.density:.4f} kept")
     train, heldout, facts = read_text(args, dense.tokenizer)
@@ -94,10 +96,8 @@ def read_text(args, tokenizer):
     """Training blocks, held-out blocks, and what to say of them."""
     from sparse import load_corpus, pack
 
-    if tokenizer is None:
-        sys.exit(f"{args.dense} has no tokenizer; save one beside the model's weights")
     corpus = load_corpus(args.dataset)
-    cache = Path(args.output_dir) / "tokens"
+    cache = Path(args.output_dir).parent / "tokens"  # shared by the runs beside each other
     train = pack(corpus.train, tokenizer, args.length, cache=cache)
     heldout = pack(corpus.validation, tokenizer, args.length, cache=cache)
     data = {"name": corpus.name, "fingerprint": corpus.fingerprint, "tokens": train.numel()}

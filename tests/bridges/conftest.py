@@ -1,0 +1,144 @@
+"""A tiny dense model, a tiny sparse one, bridges between them, and one model as both sides."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from bridges.bridge import BridgeConfig, BridgeSet
+from dense import DenseModel
+from sparse.circuit import Circuit
+from sparse.model import SparseGPT, SparseGPTConfig
+from sparse.tasks import Pair, Task
+
+WORDS = ["[UNK]", "A", "B", "yes", "no", *(f"w{i}" for i in range(18))]
+VOCAB, LENGTH = len(WORDS), 6
+
+
+def build_tokenizer():
+    vocab = {word: i for i, word in enumerate(WORDS)}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")
+
+
+def build_dense(seed=0, **shape):
+    torch.manual_seed(seed)
+    ends = dict(bos_token_id=0, eos_token_id=0)
+    shape = dict(vocab_size=VOCAB, n_embd=12, n_layer=2, n_head=2, n_positions=16) | shape
+    model = GPT2LMHeadModel(GPT2Config(**shape, **ends))
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.2 * torch.randn_like(p)
+    return DenseModel(model, build_tokenizer())
+
+
+def build_sparse(seed=0, **fields):
+    torch.manual_seed(seed)
+    shape = dict(
+        vocab_size=VOCAB,
+        hidden_size=20,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        head_dim=4,
+        intermediate_size=24,
+        max_position_embeddings=16,
+        positions="learned",
+        bigram_table=True,
+        activation_fraction=0.5,
+        initializer_range=0.3,
+    )
+    model = SparseGPT(SparseGPTConfig(**(shape | fields))).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim == 1:  # norms, biases and sinks that do something
+                p += 0.2 * torch.randn_like(p)
+    return model
+
+
+def build_identity(d, n_sites):
+    bridges = BridgeSet(BridgeConfig(d_dense=d, d_sparse=d, n_sites=n_sites, k=d))
+    with torch.no_grad():
+        for layer in [*bridges.encoders, *bridges.decoders]:
+            layer.weight.copy_(torch.eye(d))
+    return bridges
+
+
+@pytest.fixture(scope="session")
+def dense():
+    return build_dense()
+
+
+@pytest.fixture
+def sparse():
+    return build_sparse()
+
+
+@pytest.fixture
+def bridges(dense, sparse, ids):
+    """Random bridges whose centring and scale are the data's."""
+    made = BridgeSet(BridgeConfig.between(dense, sparse, k=7), seed=1)
+    made.calibrate(dense.residuals(ids))
+    with torch.no_grad():
+        for p in made.parameters():
+            p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    return made
+
+
+@pytest.fixture(scope="session")
+def ids():
+    rng = torch.Generator().manual_seed(1)
+    return torch.randint(0, VOCAB, (5, LENGTH), generator=rng)
+
+
+@pytest.fixture(scope="session")
+def twice():
+    """One model as the dense and the sparse side, joined by identity maps: perfect bridges.
+
+    It keeps all its activations, so that k = d everywhere.
+    """
+    sparse = build_sparse(seed=2, activation_fraction=1.0)
+    dense = DenseModel(copy.deepcopy(sparse), build_tokenizer())
+    bridges = build_identity(sparse.d_resid, sparse.n_sites)
+    return SimpleNamespace(dense=dense, sparse=sparse, bridges=bridges)
+
+
+@pytest.fixture(scope="session")
+def task():
+    """A or B opened the line: yes or no?"""
+    rng = torch.Generator().manual_seed(3)
+    words = torch.randint(5, VOCAB, (60, LENGTH - 1), generator=rng).tolist()
+    lines = [" ".join(WORDS[i] for i in row) for row in words]
+    pairs = tuple(
+        Pair(context_1=f"A {line}", context_2=f"B {line}", target_1="yes", target_2="no")
+        for line in lines
+    )
+    return Task(name="opening", train=pairs[:20], validation=pairs[20:40], test=pairs[40:])
+
+
+@pytest.fixture
+def circuit_of(task):
+    """`circuit_of(sparse, nodes)`: a circuit of these nodes, of all nodes by default."""
+
+    def make(sparse, nodes=None, kind="mean"):
+        widths = sparse.node_widths()
+        nodes = {at: tuple(range(n)) for at, n in widths.items()} if nodes is None else nodes
+        rng = torch.Generator().manual_seed(4)
+        values = {at: torch.randn(n, generator=rng) for at, n in widths.items()}
+        if kind == "zero":
+            values = {at: torch.zeros(n) for at, n in widths.items()}
+        return Circuit(
+            task=task,
+            nodes=nodes,
+            ablation=values,
+            ablation_kind=kind,
+            model_fingerprint=sparse.fingerprint(),
+            d_head=sparse.config.head_dim,
+            target_loss=0.15,
+            source=sparse.source,
+        )
+
+    return make

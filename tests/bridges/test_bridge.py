@@ -1,0 +1,175 @@
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bridges.bridge import BridgeConfig, BridgeSet, ResidualModel, fingerprint
+from sparse.activation import kept_reference
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def shape(**fields):
+    return BridgeConfig(**(dict(d_dense=12, d_sparse=20, n_sites=5, k=7) | fields))
+
+
+def stub(n_sites=5, d_resid=12, mark="a"):
+    """The least that has sites and a width."""
+    methods = {name: (lambda *args: None) for name in ("residuals", "resume")}
+    return SimpleNamespace(n_sites=n_sites, d_resid=d_resid, fingerprint=mark, **methods)
+
+
+def test_both_models_speak_the_protocol(dense, sparse):
+    assert isinstance(dense, ResidualModel) and isinstance(sparse, ResidualModel)
+    assert isinstance(stub(), ResidualModel) and not isinstance(object(), ResidualModel)
+
+
+def test_encoding_and_decoding_are_the_equations(bridges):
+    for i, site in enumerate(bridges.config.sites):
+        h, z = random(3, 4, 12, seed=i), random(3, 4, 20, seed=9 + i)
+        mu, sigma = bridges.mean[i], bridges.scale[i]
+        e, d = bridges.encoders[i], bridges.decoders[i]
+        x = (h - mu) / sigma @ e.weight.T + e.bias
+        want = torch.where(kept_reference(x, 7), x, 0.0)
+        assert torch.allclose(bridges.encode(site, h), want, atol=1e-6)
+        assert (bridges.encode(site, h).count_nonzero(-1) == 7).all()
+        want = mu + sigma * (z @ d.weight.T + d.bias)
+        assert torch.allclose(bridges.decode(site, z), want, atol=1e-5)
+
+
+def test_transport_is_the_difference_of_two_decodings(bridges):
+    for site in bridges.config.sites:
+        z, delta = random(3, 4, 20), random(3, 4, 20, seed=1)
+        want = bridges.decode(site, z + delta) - bridges.decode(site, z)
+        assert (bridges.transport(site, delta) - want).abs().max() < 1e-5
+        assert (bridges.transport(site, torch.zeros(20)) == 0).all()
+        assert (bridges.decode(site, torch.zeros(20)) != 0).any()  # control: decoding has a bias
+
+
+def test_calibration_centres_every_site_and_makes_its_scale_one(dense, ids):
+    bridges = BridgeSet(shape())
+    residuals = dense.residuals(ids)
+    raw = [h.square().mean().sqrt() for h in residuals]
+    assert max(raw) > 1.5 * min(raw)  # control: the sites differ in scale
+    bridges.calibrate(residuals)
+    for i, h in enumerate(residuals):
+        x = (h - bridges.mean[i]) / bridges.scale[i]
+        assert x.mean((0, 1)).abs().max() < 1e-5
+        assert x.square().mean().item() == pytest.approx(1, rel=1e-5)
+    assert not bridges.mean.requires_grad and "mean" not in dict(bridges.named_parameters())
+
+
+def test_bridges_start_as_specified_and_by_the_seed_alone():
+    big = BridgeSet(BridgeConfig(d_dense=200, d_sparse=300, n_sites=2, k=5), seed=3)
+    torch.manual_seed(77)  # the global generator has no say
+    same = BridgeSet(big.config, seed=3)
+    assert all(torch.equal(a, b) for a, b in zip(big.parameters(), same.parameters(), strict=True))
+    assert not torch.equal(big.encoders[0].weight, BridgeSet(big.config).encoders[0].weight)
+    assert not torch.equal(big.encoders[0].weight, big.encoders[1].weight)
+    assert big.encoders[0].weight.std().item() == pytest.approx(0.3 / 200**0.5, rel=0.02)
+    assert big.decoders[1].weight.std().item() == pytest.approx(300**-0.5, rel=0.02)
+    assert all((x.bias == 0).all() for x in [*big.encoders, *big.decoders])
+    assert (big.mean == 0).all() and (big.scale == 1).all()
+
+
+def test_a_subset_of_sites_is_addressed_by_site(dense, ids):
+    bridges = BridgeSet(shape(sites=(1, 4)))
+    residuals = dense.residuals(ids)
+    bridges.calibrate(residuals)
+    assert torch.allclose(bridges.mean[1], residuals[4].mean((0, 1)))
+    assert bridges.encode(4, residuals[4]).shape == (5, 6, 20) and len(bridges.decoders) == 2
+    for call in (bridges.encode, bridges.decode, bridges.transport):
+        with pytest.raises(ValueError, match=r"site 2 is not bridged; .* are \[1, 4\]"):
+            call(2, residuals[2])
+
+
+def test_saving_and_loading_is_the_identity(bridges, tmp_path):
+    bridges.dense_fingerprint, bridges.sparse_fingerprint = "one", None
+    bridges.save(tmp_path / "b")
+    again = BridgeSet.load(tmp_path / "b")
+    assert again.config == bridges.config
+    assert (again.dense_fingerprint, again.sparse_fingerprint) == ("one", None)
+    assert again.state_dict().keys() == bridges.state_dict().keys()
+    for name, value in bridges.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+    bridges.save(tmp_path / "b")  # over the old one
+    assert [p.name for p in tmp_path.iterdir()] == ["b"]
+
+
+def test_a_folder_that_holds_something_else_is_refused(bridges, tmp_path):
+    with pytest.raises(ValueError, match="state.json cannot be read"):
+        BridgeSet.load(tmp_path / "absent")
+    bridges.save(tmp_path / "b")
+    path = tmp_path / "b" / "state.json"
+    state = json.loads(path.read_text())
+    state["config"]["sharp"] = 1
+    path.write_text(json.dumps(state))
+    with pytest.raises(ValueError, match=r"BridgeConfig has no field \['sharp'\]; it has"):
+        BridgeSet.load(tmp_path / "b")
+    (tmp_path / "b" / "bridges.safetensors").unlink()
+    with pytest.raises(ValueError, match="bridges.safetensors cannot be read"):
+        BridgeSet.load(tmp_path / "b")
+
+
+def test_bridges_accept_the_models_they_fit_and_no_others(bridges, dense, sparse):
+    bridges.check(dense, sparse)
+    bridges.dense_fingerprint = dense.fingerprint
+    bridges.sparse_fingerprint = sparse.fingerprint()
+    bridges.check(dense, sparse)
+    with pytest.raises(ValueError, match="dense model has 5 sites of width 13, but .* width 12"):
+        bridges.check(stub(d_resid=13), sparse)
+    with pytest.raises(ValueError, match="the sparse model has 7 sites of width 20, but"):
+        bridges.check(dense, stub(n_sites=7, d_resid=20))
+    with pytest.raises(ValueError, match="the dense model's weights .* load that dense model"):
+        bridges.check(stub(mark="other"), sparse)
+    with torch.no_grad():
+        sparse.lm_head.weight[0, 0] += 1
+    with pytest.raises(ValueError, match="the sparse model's weights .* load that sparse model"):
+        bridges.check(dense, sparse)
+
+
+def test_a_model_without_a_fingerprint_can_be_bridged_as_long_as_none_is_expected(sparse):
+    bare = stub()
+    del bare.fingerprint
+    BridgeSet(shape()).check(bare, sparse)
+
+
+def test_a_fingerprint_may_be_a_property_or_a_method(dense, sparse):
+    assert fingerprint(dense) == dense.fingerprint
+    assert fingerprint(sparse) == sparse.fingerprint()
+
+
+def test_between_takes_the_shape_from_the_models_and_refuses_other_depths(dense, sparse):
+    config = BridgeConfig.between(dense, sparse, k=3, sites=(0, 2))
+    assert config == shape(k=3, sites=(0, 2))
+    assert shape().sites == (0, 1, 2, 3, 4)
+    with pytest.raises(ValueError, match="5 sites and the sparse one 9; .*dense one's depth"):
+        BridgeConfig.between(dense, stub(n_sites=9), k=3)
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        (dict(k=0), r"k=0 is outside 1\.\.d_sparse=20"),
+        (dict(k=21), "k=21"),
+        (dict(n_sites=0), "n_sites=0 must be at least 1"),
+        (dict(d_dense=0), "d_dense=0"),
+        (dict(sites=(3, 1)), r"sites=\(3, 1\) must ascend within 0\.\.4"),
+        (dict(sites=(1, 1)), "each site once"),
+        (dict(sites=(0, 5)), "sites"),
+        (dict(sites=(-1, 2)), "sites"),
+    ],
+)
+def test_a_shape_that_cannot_be_is_refused(fields, words):
+    with pytest.raises(ValueError, match=words):
+        shape(**fields)
+
+
+def test_a_config_survives_json():
+    from dataclasses import asdict
+
+    config = shape(sites=(1, 3))
+    assert BridgeConfig.from_dict(json.loads(json.dumps(asdict(config)))) == config

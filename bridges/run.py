@@ -60,7 +60,7 @@ class Run:
         """Return the run's validation blocks."""
         return load((self.folder / "heldout.safetensors").read_bytes())["blocks"]
 
-    def log(self) -> list[dict[str, float]]:
+    def log(self) -> list[dict[str, Any]]:
         """Return the lines of the training log."""
         return [json.loads(x) for x in (self.folder / "log.jsonl").read_text().splitlines()]
 

@@ -52,12 +52,13 @@ def map_circuit(
     dense = as_dense(dense_model)
     if sparse_model is None:
         sparse_model = SparseGPT.from_pretrained(_folder(sparse_circuit, "sparse_model="))
+        sparse_model.requires_grad_(False)  # pyright: ignore
     if bridges is None:
-        bridges = BridgeSet.load(_bridges_folder(sparse_circuit))
+        bridges = BridgeSet.load(_bridges_folder(sparse_circuit)).requires_grad_(False)
     sparse_circuit.check(sparse_model)
     bridges.check(dense, sparse_model)
-    sparse_model.eval().requires_grad_(False).to(dense.device)  # pyright: ignore
-    bridges.eval().requires_grad_(False).to(dense.device)
+    sparse_model.to(dense.device)  # pyright: ignore
+    bridges.to(dense.device)
     mapped = DenseCircuit(
         circuit=sparse_circuit, sparse=sparse_model, bridges=bridges, dense=dense, site=None
     )
@@ -198,6 +199,7 @@ class DenseCircuit:
             changed = self.sparse.residuals(ids)
         return self._transport(ids, changed, site)
 
+    @torch.no_grad()
     def edits(self, node: Node) -> list[Edit]:
         """Return the fixed dense direction one unit of a node's value writes or reads.
 
@@ -210,11 +212,12 @@ class DenseCircuit:
         times its root mean square, and its second edit takes it out of the stream again.) Raises
         ValueError for q and k channels: they act through attention scores, in no fixed direction.
         """
+        self.circuit.with_nodes([node], "checked")  # refuses a node that does not exist
         location, i = node
         layer, _, name = location.partition(".")
         block = self.sparse.model.blocks[int(layer)]
         before = 2 * int(layer) + name.startswith("mlp")
-        unit = torch.zeros(self.sparse.d_resid, device=self.dense.device)
+        unit = torch.zeros_like(block.norm_1.weight)  # pyright: ignore
         if name.endswith("act_in"):
             norm = block.norm_2 if name.startswith("mlp") else block.norm_1  # pyright: ignore
             unit[i] = 1 / norm.weight[i]  # pyright: ignore

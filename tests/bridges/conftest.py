@@ -68,6 +68,12 @@ def build_identity(d, n_sites):
 
 
 @pytest.fixture(scope="session")
+def build():
+    """`build.dense(...)` and `build.sparse(...)` make models of other shapes and seeds."""
+    return SimpleNamespace(dense=build_dense, sparse=build_sparse)
+
+
+@pytest.fixture(scope="session")
 def dense():
     return build_dense()
 
@@ -113,7 +119,7 @@ def task():
     words = torch.randint(5, VOCAB, (60, LENGTH - 1), generator=rng).tolist()
     lines = [" ".join(WORDS[i] for i in row) for row in words]
     pairs = tuple(
-        Pair(context_1=f"A {line}", context_2=f"B {line}", target_1="yes", target_2="no")
+        Pair(context_1=f"A {line}", context_2=f"B {line}", target_1=" yes", target_2=" no")
         for line in lines
     )
     return Task(name="opening", train=pairs[:20], validation=pairs[20:40], test=pairs[40:])

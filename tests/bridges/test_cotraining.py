@@ -1,0 +1,344 @@
+import copy
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from bridges.bridge import BridgeConfig, BridgeSet
+from bridges.cotraining import (
+    CotrainConfig,
+    Cotraining,
+    Weights,
+    calibrate,
+    cotrain,
+    losses,
+    validate,
+)
+from bridges.losses import ce_nats, kl_nats, nmse
+from sparse.data import Batches
+from sparse.project import SparsityConfig
+from sparse.train import TrainConfig, fit
+
+HERE = Path(__file__).parent
+ALL = Weights()
+TERMS = ("ce", "kl", "encode", "decode", "up", "down")
+
+
+def make(folder, steps=6, lr=2e-2, weights=ALL, warmup=0.02, **sparsity):
+    sparsity = dict(density=0.4, embedding_density=0.6, floor=1, anneal_start=0.0) | sparsity
+    return CotrainConfig(
+        train=TrainConfig(steps=steps, folder=str(folder), log_every=1),
+        sparsity=SparsityConfig(**sparsity),
+        weights=weights,
+        lr=lr,
+        warmup=warmup,
+        calibration_tokens=60,
+    )
+
+
+@pytest.fixture
+def batches():
+    rng = torch.Generator().manual_seed(5)
+    return Batches(torch.randint(0, 23, (12, 6), generator=rng), 4)
+
+
+def at_site(bridges, site):
+    """The same bridges, at one site only."""
+    config = bridges.config
+    one = BridgeSet(BridgeConfig.from_dict(asdict(config) | {"sites": (site,)}))
+    one.encoders[0], one.decoders[0] = bridges.encoders[site], bridges.decoders[site]
+    one.mean, one.scale = bridges.mean[site : site + 1], bridges.scale[site : site + 1]
+    return one
+
+
+def trunk_groups(sparse):
+    """The parameters of the trunk by where they act: before sublayer 0, in each, after the last."""
+    model = sparse.model
+    groups = {"embed": [*model.wte.parameters(), *model.wpe.parameters()]}
+    for i, block in enumerate(model.blocks):
+        groups[2 * i] = [*block.norm_1.parameters(), *block.attn.parameters()]
+        groups[2 * i + 1] = [*block.norm_2.parameters(), *block.mlp.parameters()]
+    groups["unembed"] = [*model.norm.parameters(), sparse.lm_head.weight, sparse.bigram]
+    assert sum(len(g) for g in groups.values()) == len(list(sparse.parameters()))
+    return groups
+
+
+def reached(total, params):
+    """Whether the gradient of `total` is nonzero in every, or zero in each, of these tensors."""
+    grads = torch.autograd.grad(total, params, allow_unused=True, retain_graph=True)
+    moved = {g is not None and bool((g != 0).any()) for g in grads}
+    assert len(moved) == 1, "a group is reached as a whole or not at all"
+    return moved.pop()
+
+
+@pytest.mark.parametrize("site", range(5))
+@pytest.mark.parametrize("drawn", [False, True])
+def test_every_term_reaches_the_parameters_of_the_table_and_no_others(
+    dense, sparse, bridges, ids, site, drawn
+):
+    """method.md 3.4, group by group, for bridges at one site."""
+    one = at_site(bridges, site)
+    sites = torch.full((len(ids),), site) if drawn else None
+    parts = losses(dense, sparse, one, ids, ALL, sites)
+    groups = trunk_groups(sparse)
+    before = {"embed"} | {s for s in range(4) if s < site}
+    after = {"unembed"} | {s for s in range(4) if s >= site}
+    table = {  # term: (encoder, decoder, trunk)
+        "ce": (False, False, before | after),
+        "kl": (False, False, before | after),
+        "encode": (True, False, set()),
+        "decode": (False, True, before),
+        "up": (True, False, after),
+        "down": (False, True, before),
+    }
+    assert set(table) == set(parts)
+    for term, (encoder, decoder, trunk) in table.items():
+        total = parts[term]
+        assert reached(total, list(one.encoders.parameters())) == encoder, term
+        assert reached(total, list(one.decoders.parameters())) == decoder, term
+        assert {name for name, group in groups.items() if reached(total, group)} == trunk, term
+    parts["down"].backward()
+    assert all(p.grad is None and not p.requires_grad for p in dense.model.parameters())
+
+
+def test_the_decoder_term_can_be_kept_off_the_trunk(dense, sparse, bridges, ids):
+    parts = losses(dense, sparse, bridges, ids, ALL, decoder_trains_trunk=False)
+    assert not reached(parts["decode"], [sparse.model.wte.weight])
+    assert reached(parts["decode"], list(bridges.decoders.parameters()))
+    assert reached(parts["down"], [sparse.model.wte.weight])  # the hybrid pass still reaches it
+    other = losses(dense, sparse, bridges, ids, ALL)
+    assert all(torch.equal(parts[term], other[term]) for term in TERMS), "the values are the same"
+
+
+@torch.no_grad()
+def test_the_terms_are_those_of_the_equation(dense, sparse, bridges, ids):
+    h, z, y, x = dense.residuals(ids), sparse.residuals(ids), dense.logits(ids), sparse(ids).logits
+    encode, decode, up, down = [], [], [], []
+    for s in range(5):
+        to_z, to_h = bridges.encode(s, h[s]), bridges.decode(s, z[s])
+        encode.append(nmse(to_z, z[s]))
+        decode.append(nmse(to_h, h[s]))
+        up.append(kl_nats(y, sparse.resume(s, to_z, ids)).mean())
+        down.append(kl_nats(y, dense.resume(s, to_h, ids)).mean())
+    want = dict(ce=ce_nats(x, ids).mean(), kl=kl_nats(y, x).mean())
+    per_site = dict(encode=encode, decode=decode, up=up, down=down)
+    want |= {name: torch.stack(values).mean() for name, values in per_site.items()}
+    got = losses(dense, sparse, bridges, ids, ALL)
+    for term in TERMS:
+        assert got[term].item() == pytest.approx(want[term].item(), rel=1e-5), term
+    w = Weights(ce=0.5, kl=2.0, nmse=3.0, hybrid=7.0)
+    weighted = losses(dense, sparse, bridges, ids, w)
+    factors = dict(ce=0.5, kl=2.0, encode=3.0, decode=3.0, up=7.0, down=7.0)
+    for term in TERMS:
+        assert weighted[term].item() == pytest.approx(factors[term] * want[term].item(), rel=1e-5)
+
+
+@torch.no_grad()
+def test_perfect_bridges_between_a_model_and_itself_leave_the_cross_entropy_alone(twice, ids):
+    got = losses(twice.dense, twice.sparse, twice.bridges, ids, ALL)
+    assert got["ce"] > 1
+    assert all(got[term].abs() < 1e-6 for term in TERMS if term != "ce"), got
+    shuffled = copy.deepcopy(twice.bridges)
+    for layer in [*shuffled.encoders, *shuffled.decoders]:
+        layer.weight.copy_(layer.weight[torch.randperm(20, generator=torch.Generator())])
+    got = losses(twice.dense, twice.sparse, shuffled, ids, ALL)
+    assert all(got[term] > 0.1 for term in ("encode", "decode", "up", "down"))  # control
+    assert got["kl"].abs() < 1e-6
+
+
+@torch.no_grad()
+def test_validation_measures_the_same_terms_at_all_sites(dense, sparse, bridges, ids):
+    got = validate(dense, sparse, bridges, [ids, ids.flip(0)])
+    want = losses(dense, sparse, bridges, ids, ALL)  # the mean does not feel the order of rows
+    for term in TERMS:
+        assert got[term] == pytest.approx(want[term].item(), rel=1e-5)
+    assert got["ce_dense"] == pytest.approx(ce_nats(dense.logits(ids), ids).mean().item(), rel=1e-5)
+    for name in ("encode", "decode", "up", "down"):
+        sites = [got[f"{name}.{s}"] for s in range(5)]
+        assert got[name] == pytest.approx(sum(sites) / 5, rel=1e-5) and min(sites) > 0
+
+
+def test_calibration_takes_the_first_tokens_and_gives_them_back(dense, sparse, batches):
+    bridges = BridgeSet(BridgeConfig.between(dense, sparse, k=7))
+    calibrate(dense, bridges, batches, 40, "cpu")  # two batches of 24 tokens
+    first = torch.cat([batches.at(0), batches.at(1)])
+    for i, h in enumerate(dense.residuals(first)):
+        assert torch.allclose(bridges.mean[i], h.mean((0, 1)), atol=1e-6)
+    assert batches.step == 0
+    assert torch.equal(next(iter(batches)), batches.at(0))
+
+
+def test_after_every_step_each_budget_is_exact_and_no_neuron_is_dead(
+    dense, sparse, bridges, batches, tmp_path
+):
+    steps = 9
+    config = make(tmp_path, steps, floor=2, anneal_end=1 / 3)
+    module = Cotraining(dense, sparse, bridges, config)
+    spared = {n for n, _ in sparse.named_parameters()} - {b.name for b in module.plan}
+    start = {n: p.detach().clone() for n, p in sparse.named_parameters()}
+    counted = []
+
+    def project(step):
+        before = {n: p.detach().clone() for n, p in sparse.named_parameters()}
+        notes = module.project(step)
+        now = dict(sparse.named_parameters())
+        assert all(torch.equal(now[n], before[n]) for n in spared)
+        densities = config.sparsity.densities(step, steps)
+        for b in module.plan:
+            keep = int(densities[b.is_embedding] * b.weight.numel())
+            if keep < b.weight.numel():
+                assert b.weight.count_nonzero() == keep, (b.name, step)
+            if b.floor:
+                assert b.weight.count_nonzero(dim=1 - b.dim).min() >= 2, (b.name, step)
+        counted.append((notes["density/matrices"], notes["density/embeddings"]))
+        return notes
+
+    fit(module, batches, config.train, after_step=project)
+    assert counted[0] == (1.0, 1.0) and counted[3:] == [(0.4, pytest.approx(0.6))] * 6
+    for b in module.plan:  # and so it stays after the decay
+        assert b.weight.count_nonzero() == int((0.6 if b.is_embedding else 0.4) * b.weight.numel())
+    assert {n.split(".")[-2] for n in spared if "." in n} >= {"norm_1", "norm", "attn"}
+    assert "bigram" in spared
+    moved = {n for n, p in sparse.named_parameters() if not torch.equal(p, start[n])}
+    assert moved == set(start), "everything was trained"
+    assert all((sparse.get_parameter(n) != 0).all() for n in spared)
+
+
+def test_the_target_is_reached_even_where_annealing_ends_with_the_run(
+    dense, sparse, bridges, batches, tmp_path
+):
+    config = make(tmp_path, steps=3, anneal_end=1.0)
+    cotrain(dense, sparse, bridges, batches, config)
+    w = sparse.model.blocks[0].mlp.fc.weight
+    assert w.count_nonzero() == int(0.4 * w.numel())
+
+
+def test_training_lowers_every_term_and_leaves_the_dense_model_alone(
+    dense, sparse, batches, ids, tmp_path
+):
+    mark = dense.fingerprint
+    bridges = BridgeSet(BridgeConfig.between(dense, sparse, k=10))
+    calibrate(dense, bridges, batches, 60, "cpu")
+    held = [batches.at(t) for t in range(3)]
+    before = validate(dense, sparse, bridges, held)
+    cotrain(dense, sparse, bridges, batches, make(tmp_path, steps=50), held)
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    after = {n.removeprefix("val/"): v for n, v in log[-1].items() if n.startswith("val/")}
+    assert after == validate(dense, sparse, bridges, held)
+    for term in TERMS:
+        assert after[term] < 0.9 * before[term], term
+    assert dense.fingerprint == mark == bridges.dense_fingerprint
+    assert bridges.sparse_fingerprint == sparse.fingerprint()
+    bridges.check(dense, sparse)
+    assert {f"loss/{t}" for t in TERMS} < set(log[0])
+    assert log[0]["lr/sparse"] == 0 < log[1]["lr/sparse"]
+
+
+def test_learning_rates_follow_the_schedules(dense, sparse, bridges, tmp_path):
+    when = dict(warmup=0.01, anneal_start=0.01, anneal_end=0.5)
+    config = make(tmp_path, steps=1000, lr=0.5, density=0.25, **when)
+    twin, maps = Cotraining(dense, sparse, bridges, config).groups()
+    assert (twin.name, maps.name) == ("sparse", "bridges")
+    assert twin.lr(0) == maps.lr(0) == 0.0
+    assert twin.lr(10) == 0.5 * 0.5 and twin.lr(500) == pytest.approx(0.5 * 500 / 990)
+    assert maps.lr(10) == config.bridge_lr
+    assert twin.eps == 0.1 and maps.eps == 1e-8 and maps.weight_decay == 0
+    assert "bigram" not in twin.decayed and "model.norm.weight" not in twin.decayed
+    assert {"model.wte.weight", "lm_head.weight"} < twin.decayed
+    assert set(twin.params) == {n for n, _ in sparse.named_parameters()}
+    assert set(maps.params) == {n for n, _ in bridges.named_parameters()}
+
+
+def test_models_that_do_not_fit_are_refused_before_anything_is_written(
+    dense, sparse, bridges, batches, tmp_path, build
+):
+    def refused(words, sparse=sparse, bridges=bridges, **sparsity):
+        with pytest.raises(ValueError, match=words):
+            cotrain(dense, sparse, bridges, batches, make(tmp_path / "run", **sparsity))
+
+    refused("23 tokens and the sparse one 24; .*one tokenizer", sparse=build.sparse(vocab_size=24))
+    refused("has 7 sites of width 20, but", sparse=build.sparse(num_hidden_layers=3))
+    refused("has 5 sites of width 16, but", sparse=build.sparse(hidden_size=16))
+    refused("below the floor of 9 .*raise the density", floor=9)
+    bridges.dense_fingerprint = "another"
+    refused("dense model's weights .* are not those")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        (dict(warmup=1.0), r"warmup=1.0 must be in \[0, 1\)"),
+        (dict(lr=0.0), "lr=0.0 must be above 0"),
+        (dict(bridge_lr=-1.0), "bridge_lr"),
+        (dict(calibration_tokens=0), "calibration_tokens"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(tmp_path, fields, words):
+    with pytest.raises(ValueError, match=f"CotrainConfig.{words}"):
+        CotrainConfig(train=TrainConfig(steps=1, folder=str(tmp_path)), **fields)
+
+
+def test_resuming_with_other_models_or_settings_is_refused(
+    dense, sparse, bridges, batches, tmp_path, build
+):
+    cotrain(dense, copy.deepcopy(sparse), copy.deepcopy(bridges), batches, make(tmp_path, steps=2))
+    with pytest.raises(ValueError, match="weights: .* there, .*another output folder"):
+        changed = make(tmp_path, steps=2, weights=Weights(kl=2.0))
+        cotrain(dense, sparse, bridges, batches, changed)
+    with pytest.raises(ValueError, match="belongs to another run .dense: "):
+        cotrain(build.dense(seed=9), sparse, bridges, batches, make(tmp_path, steps=2))
+
+
+def run_script(name, *args, timeout):
+    env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    command = [sys.executable, str(HERE / name), *map(str, args)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def logged(folder):
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    kept = [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines]
+    return kept, [line["step"] for line in lines if "loss/total" in line]
+
+
+def test_a_run_killed_at_any_step_and_resumed_is_the_undisturbed_run_bit_for_bit(tmp_path):
+    out = run_script("killed.py", tmp_path, timeout=300)
+    kills = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    assert len(kills) == 4 and all(k["signal"] == 9 and 0 < k["lines"] < 24 for k in kills), kills
+    whole, steps = logged(tmp_path / "whole")
+    assert steps == list(range(1, 25))
+    for name in ("first", "second"):
+        assert logged(tmp_path / name) == (whole, steps)
+        for file in ("module.safetensors", "adam.safetensors"):
+            path = Path("checkpoints") / "step-00000024" / file
+            got, want = tmp_path / name / path, tmp_path / "whole" / path
+            assert got.read_bytes() == want.read_bytes()
+
+
+def test_two_processes_train_as_one_on_the_joint_batch(tmp_path):
+    """Exact for the terms that are means over sequences; NMSE is a ratio of sums over the batch.
+
+    So its weight is 0 here. Gradients agree up to the order of summation; normalised and squared
+    by Adam at eps 1e-8, rounding can flip the sign of a bridge's smallest steps, hence the
+    looser bound there.
+    """
+    run_script("two_processes.py", tmp_path, timeout=300)
+    one = json.loads((tmp_path / "one.json").read_text())
+    two = [json.loads((tmp_path / f"two-{rank}.json").read_text()) for rank in (0, 1)]
+    assert two[0]["params"] == two[1]["params"], "both processes hold the same weights"
+    for name, value in one["rms"].items():
+        assert two[0]["rms"][name] == pytest.approx(value, rel=1e-4), name
+    for name, value in one["norms"].items():
+        assert two[0]["norms"][name] == pytest.approx(value, rel=1e-3), name
+    for term in ("ce", "kl", "up", "down"):
+        mean = (two[0]["losses"][term] + two[1]["losses"][term]) / 2
+        assert mean == pytest.approx(one["losses"][term], rel=1e-5), term
+        assert two[0]["losses"][term] != two[1]["losses"][term]

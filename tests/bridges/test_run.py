@@ -1,0 +1,103 @@
+import json
+import shutil
+
+import pytest
+import torch
+
+from bridges.run import load_run, save_run
+from dense import DenseModel
+
+
+@pytest.fixture
+def saved(dense, sparse, bridges, ids, tmp_path):
+    """A run folder of a dense model that can be opened by name: a folder of its own."""
+    dense.model.save_pretrained(tmp_path / "dense")
+    dense.tokenizer.save_pretrained(tmp_path / "dense")
+    opened = DenseModel.from_pretrained(tmp_path / "dense")
+    facts = {"command": "train", "data": {"name": "words"}}
+    return save_run(
+        tmp_path / "run", opened, sparse, bridges, heldout=ids, means_from=ids, facts=facts
+    )
+
+
+@torch.no_grad()
+def test_a_saved_run_opens_as_what_was_saved(saved, dense, sparse, bridges, ids, tmp_path):
+    run = load_run(tmp_path / "run")
+    assert torch.equal(run.dense.logits(ids), dense.logits(ids))
+    assert torch.equal(run.sparse(ids).logits, sparse(ids).logits) and not run.sparse.training
+    h, z = dense.residuals(ids)[3], sparse.residuals(ids)[3]
+    assert torch.equal(run.bridges.encode(3, h), bridges.encode(3, h))
+    assert torch.equal(run.bridges.decode(3, z), bridges.decode(3, z))
+    assert torch.equal(run.heldout(), ids)
+    text = "A w3 w4 no"
+    assert run.tokenizer(text)["input_ids"] == dense.tokenizer(text)["input_ids"]
+    assert run.sparse.source.folder == str(tmp_path / "run" / "sparse")
+    assert (tmp_path / "run" / "sparse" / "node_means.safetensors").is_file()
+
+
+def test_the_manifest_says_where_everything_came_from(saved, sparse, tmp_path):
+    manifest = saved.manifest
+    assert manifest["dense"] == {
+        "name": str(tmp_path / "dense"),
+        "fingerprint": saved.dense.fingerprint,
+    }
+    assert manifest["sparse"] == {"fingerprint": sparse.fingerprint()}
+    assert manifest["command"] == "train" and manifest["data"] == {"name": "words"}
+    assert {"python", "torch", "transformers", "nnsight"} <= set(manifest["versions"])
+    assert manifest["versions"]["torch"] == torch.__version__.partition("+")[0] or (
+        manifest["versions"]["torch"] == torch.__version__
+    )
+
+
+def test_circuits_are_found_by_the_name_of_their_task(saved, circuit_of, task):
+    assert saved.circuits() == {}
+    circuit_of(saved.sparse).save(saved.circuit_folder(task.name))
+    twin = circuit_of(saved.sparse).with_nodes([], "none")
+    assert saved.circuit_folder("opening:nonsense").name == "opening-nonsense"
+    twin.save(saved.circuit_folder("opening:nonsense"))
+    assert list(saved.circuits()) == ["opening"]  # both are of one task here: the name decides
+    assert len(saved.circuits()["opening"]) in (0, len(circuit_of(saved.sparse)))
+
+
+def test_the_log_is_read_back(saved):
+    (saved.folder / "log.jsonl").write_text('{"step": 1, "loss/total": 2.5}\n{"step": 2}\n')
+    assert saved.log() == [{"step": 1, "loss/total": 2.5}, {"step": 2}]
+
+
+def test_a_run_that_was_moved_opens_where_it_is(saved, tmp_path):
+    shutil.move(tmp_path / "run", tmp_path / "elsewhere")
+    run = load_run(tmp_path / "elsewhere")
+    assert run.sparse.source.folder == str(tmp_path / "elsewhere" / "sparse")
+
+
+def test_another_dense_or_sparse_model_is_refused(saved, build, tmp_path):
+    with pytest.raises(ValueError, match="the dense model's weights .* load that dense model"):
+        load_run(tmp_path / "run", build.dense(seed=1))
+    assert load_run(tmp_path / "run", build.dense(seed=0)).dense is not None  # control: its equal
+    build.sparse(seed=5).save_pretrained(tmp_path / "run" / "sparse")
+    with pytest.raises(ValueError, match="the sparse model's weights"):
+        load_run(tmp_path / "run")
+
+
+def test_a_folder_that_is_no_run_is_refused_with_the_remedy(saved, tmp_path):
+    with pytest.raises(ValueError, match="is no run folder: manifest.json is missing; pass the"):
+        load_run(tmp_path / "dense")
+    path = tmp_path / "run" / "manifest.json"
+    whole = path.read_text()
+    path.write_text(whole[:-9])
+    with pytest.raises(ValueError, match="manifest.json is broken"):
+        load_run(tmp_path / "run")
+    path.write_text(json.dumps(json.loads(whole) | {"schema_version": 9}))
+    with pytest.raises(ValueError, match="schema version 9, this library reads 1"):
+        load_run(tmp_path / "run")
+    path.write_text(whole)
+    shutil.rmtree(tmp_path / "run" / "bridges")
+    with pytest.raises(ValueError, match="state.json cannot be read"):
+        load_run(tmp_path / "run")
+
+
+def test_a_dense_model_without_tokenizer_cannot_be_saved(dense, sparse, bridges, ids, tmp_path):
+    bare = DenseModel(dense.model)
+    with pytest.raises(ValueError, match="no tokenizer.*DenseModel.model, tokenizer"):
+        save_run(tmp_path / "run", bare, sparse, bridges, heldout=ids, means_from=ids, facts={})
+    assert not (tmp_path / "run").exists()

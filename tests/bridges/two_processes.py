@@ -1,0 +1,73 @@
+"""Co-train a few steps in one process and in two (gloo); write what came out of each.
+
+python tests/bridges/two_processes.py FOLDER
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+from accelerate import Accelerator, debug_launcher
+from conftest import VOCAB, build_dense, build_sparse
+
+from bridges.bridge import BridgeConfig, BridgeSet
+from bridges.cotraining import CotrainConfig, Weights, cotrain
+from sparse.data import Batches
+from sparse.project import SparsityConfig
+from sparse.train import TrainConfig
+
+
+def train(out: str, name: str) -> None:
+    torch.set_num_threads(1)
+    accelerator = Accelerator(cpu=True)
+    dense, sparse = build_dense(), build_sparse()
+    blocks = torch.randint(0, VOCAB, (20, 6), generator=torch.Generator().manual_seed(0))
+    folder = Path(out) / name
+    config = CotrainConfig(
+        train=TrainConfig(steps=3, folder=str(folder), log_every=1),
+        sparsity=SparsityConfig(density=0.4, embedding_density=0.6, floor=1),
+        weights=Weights(nmse=0.0),
+        calibration_tokens=60,
+        warmup=0.0,
+    )
+    bridges = BridgeSet(BridgeConfig.between(dense, sparse, k=7))
+    ours, losses = {}, {}
+    for module in (sparse, bridges):
+        ours |= {f"{type(module).__name__}.{n}": p for n, p in module.named_parameters()}
+    keep_losses(losses)
+    cotrain(dense, sparse, bridges, Batches(blocks, 4), config, accelerator=accelerator)
+    accelerator.wait_for_everyone()
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    rank = accelerator.process_index
+    result = {
+        "losses": losses,
+        "rms": {f"{n}@{x['step']}": x[n] for x in lines for n in x if n.startswith("grad_rms")},
+        "norms": {n: p.norm().item() for n, p in ours.items()},
+        "params": [p.double().sum().item() for p in ours.values()],
+    }
+    path = Path(out) / (f"{name}.json" if accelerator.num_processes == 1 else f"{name}-{rank}.json")
+    path.write_text(json.dumps(result))
+    accelerator.end_training()
+
+
+def keep_losses(into: dict[str, float]) -> None:
+    """Keep the first step's losses of this process: the log has the main one's only."""
+    import bridges.cotraining as module
+
+    real = module.losses
+
+    def losses(*args, **kwargs):
+        terms = real(*args, **kwargs)
+        for name, value in terms.items():
+            into.setdefault(name, value.item())
+        return terms
+
+    module.losses = losses
+
+
+if __name__ == "__main__":
+    debug_launcher(train, (sys.argv[1], "two"), num_processes=2)
+    train(sys.argv[1], "one")

@@ -285,6 +285,7 @@ def test_for_small_changes_the_read_rule_is_the_exact_difference(
     sparse = build.sparse(activation_fraction=1.0)
     wte, rng = sparse.model.wte.weight, torch.Generator().manual_seed(8)
     wte[6] = wte[5] + 0.02 * torch.randn(20, generator=rng)
+    sparse.model.blocks[0].norm_1.weight.copy_(torch.linspace(0.2, 4, 20))
     prompt = torch.where(ids % 2 == 0, 5, ids)
     swapped = torch.where(prompt == 5, 6, prompt)
     changed = prompt == 5
@@ -306,7 +307,7 @@ def test_for_small_changes_the_read_rule_is_the_exact_difference(
     assert torch.cosine_similarity(got.flatten(), linear.flatten(), dim=0) > 0.95  # holds the std
     # control: without the gains of the sparse norm the direction is another
     wrong = bridges.transport(0, (after - before) * sparse.model.blocks[0].norm_1.weight)
-    assert torch.cosine_similarity(wrong[changed], exact[changed], dim=-1).min() < cosine.min()
+    assert torch.cosine_similarity(wrong[changed], exact[changed], dim=-1).max() < 0.95
 
 
 def test_read_mode_is_for_reads(mapped, ids, other):

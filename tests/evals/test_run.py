@@ -32,7 +32,9 @@ def run(dense, sparse, tmp_path_factory):
         task = get_task(name)
         few = {split: task.pairs(split)[:20] for split in SPLITS}
         prune(run.sparse, replace(task, **few), QUICK).save(run.circuit_folder(name))
-    (folder / "log.jsonl").write_text('{"step": 0, "loss/ce": 3}\n{"step": 9, "loss/ce": 2.5}\n')
+    (folder / "log.jsonl").write_text(
+        '{"step": 0.0, "loss/ce": 3.0}\n{"step": 9.0, "loss/ce": 2.5}\n'
+    )
     return run
 
 

@@ -61,10 +61,9 @@ def test_a_planted_effect_beats_every_draw_and_its_mirror_image_is_worse():
 
 
 def test_control_a_planted_null_is_called_an_effect_about_once_in_twenty():
-    found = [score(seed).verdict.startswith("beats") for seed in range(400)]
-    assert 0.02 < sum(found) / 400 < 0.08
-    with_20 = [score(seed, draws=20).verdict.startswith("beats") for seed in range(400)]
-    assert 0.02 < sum(with_20) / 400 < 0.08
+    for draws in (20, 100):
+        found = [score(seed, draws=draws).verdict.startswith("beats") for seed in range(300)]
+        assert 0.02 < sum(found) / 300 < 0.08
 
 
 def test_the_interval_covers_the_true_gap():

@@ -35,7 +35,13 @@ class Planted:
         return run_edited(self.dense, ids, [edit])
 
 
-FEW = {"max_pairs": 12, "strengths": (0.5, 1, 2), "circuit_draws": 3, "node_draws": 3}
+FEW: dict = {
+    "max_pairs": 10,
+    "strengths": (0.5, 1, 2),
+    "circuit_draws": 3,
+    "node_draws": 3,
+    "curve_draws": 4,
+}
 
 
 @pytest.fixture
@@ -119,10 +125,10 @@ def test_control_a_random_delta_planted_as_a_circuit_beats_nothing(plant, task):
 
 
 def test_the_curve_starts_untouched_and_holds_every_draw(plant, task):
-    (curve,) = measure_transfer(plant(0.5), task, draws=9, curve_draws=7, **FEW).curves
+    (curve,) = measure_transfer(plant(0.5), task, draws=9, **FEW).curves
     assert curve.x == (0.0, 0.5, 1.0, 2.0)
     draws = [draw for lines in curve.controls.values() for draw in lines]
-    assert len(draws) == 7 + 7 + 3 and {draw[0] for draw in draws} == {curve.value[0]}
+    assert len(draws) == 4 + 4 + 3 and {draw[0] for draw in draws} == {curve.value[0]}
     patch = curve.references["full activation patch"]
     assert curve.value[3] == pytest.approx(patch[3], abs=1e-5)  # 2 x 0.5 of the difference
 

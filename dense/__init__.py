@@ -1,10 +1,19 @@
 """Any Hugging Face causal language model, read and edited at its residual sites."""
 
-from dense.edit import Edit, apply_edits, as_dense, run_edited, tiny
+from dense.edit import Edit, apply_edits, as_dense, run_edited, tiny, trace_model
 from dense.model import DenseModel
 from dense.sites import SiteError
 
 __version__ = "0.1.0"
 __sparse_bridges__ = "dense"
 
-__all__ = ["DenseModel", "Edit", "SiteError", "apply_edits", "as_dense", "run_edited", "tiny"]
+__all__ = [
+    "DenseModel",
+    "Edit",
+    "SiteError",
+    "apply_edits",
+    "as_dense",
+    "run_edited",
+    "tiny",
+    "trace_model",
+]

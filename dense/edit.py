@@ -93,7 +93,7 @@ _TRACED: WeakKeyDictionary[DenseModel, Any] = WeakKeyDictionary()
 
 
 def apply_edits(traced: Any, dense: DenseModel, edits: Sequence[Edit]) -> None:
-    """Apply `edits` inside a trace of `traced`, a wrapper from `dense.trace_model()`.
+    """Apply `edits` inside a trace of `traced`, a wrapper from `trace_model(dense)`.
 
         with traced.trace(**dense.inputs(ids)):
             apply_edits(traced, dense, edits)

@@ -12,7 +12,6 @@ final norm, soft-caps and scalings are therefore the model's own.
 import hashlib
 import inspect
 from functools import cached_property
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -239,10 +238,6 @@ class DenseModel:
         if k == self.n_layers:
             return f"{self.layout.path}.{k - 1}.resid_post"
         return f"{self.layout.path}.{k}.{'resid_mid' if mid else 'resid_pre'}"
-
-    def trace_model(self) -> Any:
-        """Return an nnsight wrapper of a hookable twin, to write one's own traces with."""
-        return import_module("dense.edit").trace_model(self)
 
     def describe(self) -> str:
         """Return one line: family, depth, sites and why there are so many."""

@@ -135,6 +135,7 @@ def probe(model: nn.Module) -> Layout:
 
 
 def family(model: Any) -> str:
+    """Return the family's name in transformers, for example "gpt2"."""
     return str(model.config.model_type)
 
 

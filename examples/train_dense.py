@@ -154,10 +154,30 @@ def write(folder, model, tokenizer, card):
     )
 
 
+def build(recipe, tokenizer):
+    """The untrained model."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=len(tokenizer),
+            n_layer=recipe.n_layer,
+            n_embd=recipe.n_embd,
+            n_head=recipe.n_head,
+            n_positions=recipe.n_positions,
+            bos_token_id=tokenizer.eos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+        )
+    )
+
+
 def main() -> None:
     args = parse_args()
     import torch
-    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+    from transformers import AutoTokenizer
 
     from sparse import Batches, load_corpus, pack
 
@@ -178,19 +198,7 @@ def main() -> None:
     validation = pack(held_out, tokenizer, recipe.length)
     batches = Batches(pack(documents, tokenizer, recipe.length), recipe.batch_size, args.seed)
 
-    config = GPT2Config(
-        vocab_size=len(tokenizer),
-        n_layer=recipe.n_layer,
-        n_embd=recipe.n_embd,
-        n_head=recipe.n_head,
-        n_positions=recipe.n_positions,
-        bos_token_id=tokenizer.eos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-    )
-    model = GPT2LMHeadModel(config)
+    model = build(recipe, tokenizer)
     tokens_per_byte = sum(len(ids) for ids in tokenizer(held_out, verbose=False)["input_ids"])
     tokens_per_byte /= sum(len(text.encode()) for text in held_out)
     start = time.perf_counter()

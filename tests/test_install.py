@@ -22,11 +22,13 @@ WHERE = (
 )
 
 
-def python(code: str, path: list[Path], cwd: Path, **env: str) -> subprocess.CompletedProcess:
+def python(
+    code: str, path: list[Path], cwd: Path, *flags: str, **env: str
+) -> subprocess.CompletedProcess:
     """Run `code` in a new Python whose path starts with `path`."""
     first = os.pathsep.join([*map(str, path), os.environ["PYTHONPATH"]])
     return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
+        [sys.executable, *flags, "-c", textwrap.dedent(code)],
         cwd=cwd,
         env=os.environ | {"PYTHONPATH": first} | env,
         stdin=subprocess.DEVNULL,
@@ -124,7 +126,7 @@ def test_a_package_overwritten_by_the_other_is_noticed(wheel, tmp_path):
     assert done.returncode == 1 and str(site / "sparse" / "__init__.py") in done.stderr
     assert "reinstall sparse-bridges" in done.stderr
     shutil.rmtree(site / "sparse")  # and pip uninstall of the other takes the folder away
-    done = python("import bridges", [site], tmp_path)
+    done = python("import bridges", [site], tmp_path, "-S")  # no editable install to fall back on
     assert done.returncode == 1 and "nothing at all" in done.stderr
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import dense as package
-from dense import DenseModel, Edit, apply_edits, as_dense, run_edited
+from dense import DenseModel, Edit, apply_edits, as_dense, run_edited, trace_model
 
 
 def direction(seed, *shape):
@@ -120,7 +120,7 @@ def test_gradients_reach_direction_and_amount(opened, ids):
 def test_edits_enter_the_trace_of_a_user_beside_reads_and_a_gradient(opened, ids, family):
     dense = opened(family)
     edits = [Edit(site=1, direction=direction(1)), Edit(site=2, direction=direction(2))]
-    traced = dense.trace_model()
+    traced = trace_model(dense)
     with traced.trace(**dense.inputs(ids)):
         first = traced.get(dense.site_path(0)).output.clone().save()
         apply_edits(traced, dense, edits)
@@ -161,7 +161,7 @@ def test_whatever_holds_the_model_opens_as_the_same_dense_model(make):
     model = make("gpt2")
     dense = DenseModel(model)
     assert as_dense(dense) is dense
-    for wrapped in (model, nnsight.NNsight(model), dense.trace_model(), dense.hookable()):
+    for wrapped in (model, nnsight.NNsight(model), trace_model(dense), dense.hookable()):
         assert as_dense(wrapped).model is model
         assert as_dense(wrapped).fingerprint == dense.fingerprint
     with pytest.raises(ValueError, match="dict is no dense model"):
@@ -170,7 +170,7 @@ def test_whatever_holds_the_model_opens_as_the_same_dense_model(make):
 
 def test_a_name_opens_and_text_goes_in_where_there_is_a_tokenizer():
     dense = as_dense("tiny")
-    traced = dense.trace_model()
+    traced = trace_model(dense)
     edits = [Edit(site=2, direction=torch.ones(dense.d_resid))]
     with traced.trace("def f(x):"):
         apply_edits(traced, dense, edits)

@@ -2,7 +2,7 @@ import pytest
 import torch
 import transformers as tf
 
-from dense import DenseModel, SiteError, run_edited
+from dense import DenseModel, SiteError, run_edited, trace_model
 
 
 def noisy(h, seed=3):
@@ -133,7 +133,7 @@ def test_the_original_is_left_as_it_was(make, family, ids):
     h = dense.residuals(ids)
     dense.resume(1, h[1], ids)
     dense.hookable()(ids)
-    dense.trace_model()
+    trace_model(dense)
     run_edited(dense, ids, [])
     assert snapshot(model) == before
     assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))

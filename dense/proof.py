@@ -69,6 +69,8 @@ class _Substitute(TorchFunctionMode):
         out = func(*args, **(kwargs or {}))
         if self.row is None or not isinstance(out, Tensor) or out.numel() != self.old.numel():
             return out
+        if not out.is_floating_point():  # a mask or ids of the same size
+            return out
         row, self.row = self.row, None  # what follows must not come back here
         rows = out.reshape(self.old.shape)
         if not (rows[row] - self.old[row]).norm() <= self.near:

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch import nn
 
 from dense import DenseModel, SiteError
 from dense.proof import prove, substituted
@@ -64,3 +65,17 @@ def test_opening_a_model_includes_the_proof(make, monkeypatch):
     monkeypatch.setattr(DenseModel, "resume", blind)
     with pytest.raises(SiteError, match="at site 0 of 0..6"):
         DenseModel(make("gpt2"))
+
+
+class Gate(nn.Module):
+    """Drops the smallest entries by a mask of the stream's own size."""
+
+    def forward(self, x):
+        return x * (x.abs() > 1e-4)
+
+
+def test_a_mask_of_the_size_of_the_stream_is_not_taken_for_it(make):
+    model = make("gpt2")
+    for block in model.transformer.h:
+        block.attn.resid_dropout = Gate()
+    assert DenseModel(model).has_mid

@@ -166,6 +166,9 @@ class DenseCircuit:
         mode: Literal["transport", "read"] = "transport",
     ) -> list[Edit]:
         """Return what `steer` does as edits of the dense residual."""
+        if mode not in ("transport", "read"):
+            raise ValueError(f"mode={mode!r} must be 'transport' or 'read'")
+        self._check_ids(ids, counterfactual_ids)
         if mode == "read":
             return self._read_edits(ids, counterfactual_ids, nodes, strength)
         delta = self.delta_steer(ids, counterfactual_ids, nodes, site)
@@ -180,6 +183,7 @@ class DenseCircuit:
         site: int | None = None,
     ) -> Delta:
         """Return what ablating the nodes adds to the dense residual at strength 1."""
+        self._check_ids(ids, ids)
         keep = {at: ~held for at, held in self._masks(nodes).items()}
         with masked(self.sparse, keep, self._ablation(kind)):
             changed = self.sparse.residuals(ids)
@@ -190,11 +194,7 @@ class DenseCircuit:
         self, ids: Ids, counterfactual_ids: Ids, nodes: Nodes = None, site: int | None = None
     ) -> Delta:
         """Return what moving the nodes to their counterfactual values adds, at strength 1."""
-        if ids.shape != counterfactual_ids.shape:
-            raise ValueError(
-                f"the counterfactual ids are {tuple(counterfactual_ids.shape)} and the ids "
-                f"{tuple(ids.shape)}; every position needs its counterpart: give equal lengths"
-            )
+        self._check_ids(ids, counterfactual_ids)
         with self._nodes_from(counterfactual_ids, nodes):
             changed = self.sparse.residuals(ids)
         return self._transport(ids, changed, site)
@@ -258,6 +258,15 @@ class DenseCircuit:
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(_folder(self.circuit, "a DenseModel with tokenizer"))
+
+    def _check_ids(self, ids: Ids, counterfactual_ids: Ids) -> None:
+        if ids.shape != counterfactual_ids.shape:
+            raise ValueError(
+                f"the counterfactual ids are {tuple(counterfactual_ids.shape)} and the ids "
+                f"{tuple(ids.shape)}; every position needs its counterpart: give equal lengths"
+            )
+        for given in (ids, counterfactual_ids):
+            self.dense.inputs(given)  # refuses what the model cannot embed
 
     def _site(self, site: int | None) -> int:
         site = self.site if site is None else site

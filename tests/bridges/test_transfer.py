@@ -9,7 +9,7 @@ import torch
 from bridges.bridge import BridgeConfig, BridgeSet
 from bridges.run import save_run
 from bridges.transfer import DenseCircuit, map_circuit
-from dense import DenseModel, Edit, apply_edits, run_edited
+from dense import DenseModel, Edit, apply_edits, run_edited, trace_model
 from sparse.circuit import Circuit, Node
 from sparse.nodes import edited, recorded
 from sparse.tasks import logit_difference
@@ -348,6 +348,18 @@ def test_prompts_of_unequal_shape_are_refused(mapped, ids):
         mapped.steer(ids, torch.cat([ids, ids]))
 
 
+def test_tokens_and_modes_that_do_not_exist_are_refused(mapped, ids):
+    for call in (
+        lambda: mapped.steer(ids, ids + 999),
+        lambda: mapped.steer(ids + 999, ids),
+        lambda: mapped.ablate(ids + 999),
+    ):
+        with pytest.raises(ValueError, match="made by another model's tokenizer"):
+            call()
+    with pytest.raises((ValueError, TypeError), match="raed"):
+        mapped.steering_edits(ids, ids, mode="raed")
+
+
 @torch.no_grad()
 def test_a_circuit_of_zeros_takes_its_means_from_the_run(on_disk, ids, circuit_of):
     run, nodes = on_disk, {"0.mlp.post_act": (1, 2)}
@@ -390,7 +402,7 @@ def test_the_dense_model_may_come_in_any_form(on_disk, ids, tmp_path):
     circuit = on_disk.circuits()["opening"]
     want = map_circuit(circuit, on_disk.dense).ablate(ids, site=3)
     plain = copy.deepcopy(on_disk.dense.model)
-    for form in (str(tmp_path / "dense"), plain, on_disk.dense.trace_model()):
+    for form in (str(tmp_path / "dense"), plain, trace_model(on_disk.dense)):
         assert torch.equal(map_circuit(circuit, form).ablate(ids, site=3), want)
 
 

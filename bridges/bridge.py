@@ -191,10 +191,16 @@ class BridgeSet(nn.Module):
     def load(cls, folder: str | Path) -> BridgeSet:
         """Read what `save` wrote."""
         tensors, state = read_folder(Path(folder), "bridges")
-        bridges = cls(BridgeConfig.from_dict(state["config"]))
-        bridges.load_state_dict(tensors["bridges"])
-        bridges.dense_fingerprint = state["dense_fingerprint"]
-        bridges.sparse_fingerprint = state["sparse_fingerprint"]
+        try:
+            bridges = cls(BridgeConfig.from_dict(state["config"]))
+            bridges.load_state_dict(tensors["bridges"])
+            bridges.dense_fingerprint = state["dense_fingerprint"]
+            bridges.sparse_fingerprint = state["sparse_fingerprint"]
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise ValueError(
+                f"state.json and bridges.safetensors in {folder} do not belong together ({error}); "
+                "restore the folder, or train again"
+            ) from error
         return bridges
 
 

@@ -19,6 +19,7 @@ from platform import python_version
 from typing import Any
 
 from jaxtyping import Int
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 from transformers import AutoTokenizer
@@ -32,6 +33,7 @@ from sparse.model import SparseGPT
 from .bridge import BridgeSet
 
 SCHEMA_VERSION = 1
+RESTORE = "restore it, or start the training command again"
 PACKAGES = ("torch", "transformers", "accelerate", "nnsight", "safetensors", "scipy", "numpy")
 
 
@@ -58,11 +60,19 @@ class Run:
 
     def heldout(self) -> Int[Tensor, "block pos"]:
         """Return the run's validation blocks."""
-        return load((self.folder / "heldout.safetensors").read_bytes())["blocks"]
+        path = self.folder / "heldout.safetensors"
+        try:
+            return load(path.read_bytes())["blocks"]
+        except (OSError, KeyError, SafetensorError) as error:
+            raise ValueError(f"{path} cannot be read ({error}); {RESTORE}") from error
 
     def log(self) -> list[dict[str, Any]]:
         """Return the lines of the training log."""
-        return [json.loads(x) for x in (self.folder / "log.jsonl").read_text().splitlines()]
+        path = self.folder / "log.jsonl"
+        try:
+            return [json.loads(line) for line in path.read_text().splitlines()]
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} cannot be read ({error}); {RESTORE}") from error
 
 
 def save_run(
@@ -119,16 +129,16 @@ def load_run(folder: str | Path, dense: DenseModel | None = None) -> Run:
             "examples/train_bridge.py after it has finished training"
         )
     try:
-        manifest = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is broken ({error}); restore it or train again") from error
+        manifest = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:  # no JSON, no text, or no object
+        raise ValueError(f"{path} is broken ({error}); {RESTORE}") from error
     if (found := manifest.get("schema_version")) != SCHEMA_VERSION:
         raise ValueError(
             f"{path} has schema version {found}, this library reads {SCHEMA_VERSION}; update the "
             "library or train again"
         )
     dense = dense or DenseModel.from_pretrained(manifest["dense"]["name"])
-    sparse = SparseGPT.from_pretrained(folder / "sparse").eval()
+    sparse, tokenizer = _twin(folder / "sparse")
     bridges = BridgeSet.load(folder / "bridges")
     bridges.check(dense, sparse)
     return Run(
@@ -136,6 +146,16 @@ def load_run(folder: str | Path, dense: DenseModel | None = None) -> Run:
         dense=dense,
         sparse=sparse.to(dense.device),  # pyright: ignore[reportArgumentType]
         bridges=bridges.to(dense.device),
-        tokenizer=AutoTokenizer.from_pretrained(folder / "sparse"),
+        tokenizer=tokenizer,
         manifest=manifest,
     )
+
+
+def _twin(folder: Path) -> tuple[SparseGPT, Any]:
+    """Open the sparse model and the tokenizer beside it; what is wrong there names the folder."""
+    if not (folder / "config.json").is_file():  # transformers would go on with the defaults
+        raise ValueError(f"config.json of {folder} is missing; {RESTORE}")
+    try:
+        return SparseGPT.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"a file in {folder} is broken ({error}); {RESTORE}") from error

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int, Shaped
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -96,7 +97,10 @@ def load_means(folder: str | Path) -> dict[str, Float[Tensor, " _"]]:
             f"{path} is missing; make it with node_means and save_means, pass means=, or prune "
             "with ablation='zero'"
         )
-    return load_file(path)
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is broken ({error}); make it again with save_means") from error
 
 
 def last_logits(

@@ -6,6 +6,7 @@ import torch
 
 from bridges.run import load_run, save_run
 from dense import DenseModel
+from sparse.mask import load_means
 
 
 @pytest.fixture
@@ -101,3 +102,32 @@ def test_a_dense_model_without_tokenizer_cannot_be_saved(dense, sparse, bridges,
     with pytest.raises(ValueError, match="no tokenizer.*DenseModel.model, tokenizer"):
         save_run(tmp_path / "run", bare, sparse, bridges, heldout=ids, means_from=ids, facts={})
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("manifest.json", b"\xff\xfe", "manifest.json is broken"),
+        ("manifest.json", b"[1]", "manifest.json is broken"),
+        ("heldout.safetensors", b"", "heldout.safetensors cannot be read"),
+        ("log.jsonl", b'{"step": 1}\n{"st', "log.jsonl cannot be read"),
+        ("bridges/state.json", b"{}", "do not belong together .'config'"),
+        ("sparse/model.safetensors", b"half", "a file in .*sparse is broken"),
+        ("sparse/tokenizer.json", b'{"ver', "a file in .*sparse is broken"),
+        ("sparse/config.json", None, "config.json of .*sparse is missing"),
+    ],
+)
+def test_a_damaged_file_is_named_with_the_remedy(saved, tmp_path, name, content, says):
+    path = tmp_path / "run" / name
+    path.unlink(missing_ok=True) if content is None else path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{says}.*; restore"):
+        run = load_run(tmp_path / "run", saved.dense)
+        run.heldout()
+        run.log()
+
+
+def test_broken_node_means_are_named(saved, tmp_path):
+    path = tmp_path / "run" / "sparse" / "node_means.safetensors"
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(ValueError, match="node_means.safetensors is broken .*; make it again"):
+        load_means(path.parent)

@@ -157,7 +157,14 @@ class Circuit:
     def with_nodes(self, nodes: Iterable[Node], how: str) -> Circuit:
         """Return a circuit of other nodes of the same model; its losses are yet to be measured."""
         found: dict[str, list[int]] = {}
-        for location, i in sorted(set(nodes)):
+        nodes = set(nodes)
+        for node in nodes:
+            if not isinstance(node, tuple) or len(node) != 2 or not hasattr(node[1], "__index__"):
+                raise ValueError(
+                    f"Circuit: {node!r} is no node; give each as a pair of location and index, "
+                    "such as ('0.mlp.post_act', 17)"
+                )
+        for location, i in sorted(nodes):
             found.setdefault(location, []).append(i)
         kept = {at: tuple(indices) for at, indices in found.items()}
         origin = {"derived": how, "from": self.config}
@@ -272,7 +279,7 @@ class Circuit:
             tensors = (folder / "circuit.safetensors").read_bytes()
             digest = values.pop("ablation_sha256", None)
             ablation = load(tensors)
-        except (ValueError, AttributeError, SafetensorError) as error:
+        except (ValueError, AttributeError, TypeError, SafetensorError) as error:
             raise ValueError(
                 f"the circuit in {folder} is broken ({error}); save it anew"
             ) from error

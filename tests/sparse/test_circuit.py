@@ -255,3 +255,9 @@ def test_names_say_head_and_channel_and_printing_says_whether_the_target_is_met(
 def test_nodes_that_cannot_be_are_refused(small, nodes, says):
     with pytest.raises(ValueError, match=says):
         circuit_of(small, nodes)
+
+
+@pytest.mark.parametrize("node", ["0.mlp.post_act.1", ("0.mlp.post_act", 1.5), ("0.mlp.post_act",)])
+def test_what_is_no_node_is_told_how_to_write_one(full, node):
+    with pytest.raises(ValueError, match="is no node; give each as a pair"):
+        full.with_nodes(iter([node]), "chosen")  # which the suite's checker of types cannot see

@@ -298,8 +298,8 @@ def _fit(task: Task, tokenizer: PreTrainedTokenizerBase, split: str) -> TaskBatc
     for i, p in enumerate(pairs):
         if len(first[i]) != len(second[i]):
             dropped["contexts of unequal length"] += 1
-        elif token[p.target_1] == token[p.target_2] or not first[i]:
-            dropped["equal targets or empty context"] += 1
+        elif token[p.target_1] == token[p.target_2] or first[i] == second[i]:
+            dropped["equal targets or contexts"] += 1
         elif [*first[i], token[p.target_1]] != after_first[i] or (
             [*second[i], token[p.target_2]] != after_second[i]
         ):

@@ -135,9 +135,14 @@ def test_the_first_alternative_that_fits_every_split_is_taken_and_recorded(lette
 def test_pairs_that_do_not_fit_are_dropped_and_counted_by_reason(letters):
     good = tuple(pair("c" * i, "d" * i) for i in range(1, 21))
     bad = (pair("cc", "ddd"), pair("hab", "hcd"), pair("hc", "hx"))
-    batch = Task(name="t", train=good + bad).batch(letters, "train")
+    same = (pair("dc", "dc"),)  # one context cannot be followed by two targets
+    batch = Task(name="t", train=good + bad + same).batch(letters, "train")
     assert batch.n_pairs == 20
-    assert batch.dropped == {"contexts of unequal length": 2, "target merges with its context": 1}
+    assert batch.dropped == {
+        "contexts of unequal length": 2,
+        "target merges with its context": 1,
+        "equal targets or contexts": 1,
+    }
     with pytest.raises(ValueError, match=r"18 pairs remain|15 of 18 train pairs remain"):
         Task(name="t", train=good[:15] + bad).batch(letters, "train")
     with pytest.raises(ValueError, match="test split is empty"):

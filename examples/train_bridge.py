@@ -46,7 +46,20 @@ def parse() -> argparse.Namespace:
     for name, value in PRESETS[args.preset].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    for name, least in {
+        "steps": 1,
+        "batch": 1,
+        "length": 2,
+        "prune_steps": 0,
+        "threads": 1,
+    }.items():
+        if (value := getattr(args, name)) is not None and value < least:
+            p.error(f"--{name} {value} must be at least {least}")
+    if args.expansion <= 0:
+        p.error(f"--expansion {args.expansion} must be above 0")
     args.output_dir = args.output_dir or f"runs/{Path(args.dense).name}-{args.preset}"
+    if Path(args.output_dir).is_file():
+        p.error(f"--output_dir {args.output_dir} is a file; name a folder, there or to be made")
     return args
 
 
@@ -57,8 +70,10 @@ def main() -> None:
 
     from bridges import BridgeSet, cotrain, save_run
     from dense import DenseModel
-    from sparse import Batches
+    from sparse import Batches, get_task
 
+    for name in args.tasks:
+        get_task(name)  # an unknown one is told before anything is trained
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     say = accelerator.print
     share = (os.cpu_count() or 1) // accelerator.num_processes

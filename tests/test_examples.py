@@ -76,3 +76,34 @@ def test_a_thin_example_is_short_and_has_few_flags(example, monkeypatch):
     with pytest.raises(SystemExit):
         runpy.run_path(str(EXAMPLES[example]), run_name="__main__")
     assert 1 <= len(seen) <= 5, seen
+
+
+@pytest.mark.parametrize("example", ["find_circuit.py", "map_to_dense.py", "evaluate.py"])
+def test_a_wrong_folder_is_told_in_one_line(example, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", [example, str(tmp_path)])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(SystemExit, match="^error: .* is no run folder"):
+        runpy.run_path(str(EXAMPLES[example]), run_name="__main__")
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--batch", "0"], "--batch 0 must be at least 1"),
+        (["--length", "1"], "--length 1 must be at least 2"),
+        (["--threads", "-1"], "--threads -1 must be at least 1"),
+        (["--expansion", "0"], "--expansion 0.0 must be above 0"),
+        (["--tasks", "unheard_of"], "no task is called 'unheard_of'"),
+        (["--output_dir", __file__], "is a file; name a folder"),
+    ],
+)
+def test_a_senseless_flag_is_told_before_anything_is_written(
+    flags, says, monkeypatch, tmp_path, capsys
+):
+    out = ["--output_dir", str(tmp_path / "run")]
+    monkeypatch.setattr(sys, "argv", ["train_bridge.py", *out, *flags])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(EXAMPLES["train_bridge.py"]), run_name="__main__")
+    assert says in capsys.readouterr().err + str(stop.value)
+    assert not list(tmp_path.iterdir())

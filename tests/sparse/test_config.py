@@ -8,12 +8,12 @@ def config(**fields):
 
 
 def test_k_is_the_floor_of_fraction_times_width_at_every_place():
-    c = config(intermediate_size=50, activation_fraction=0.3)
+    c = config(intermediate_size=50, activation_fraction=0.29)
     for place in ("attn_in", "attn_out", "mlp_in", "mlp_out"):
-        assert c.k(place) == 19  # 0.3 * 64 = 19.2
+        assert c.k(place) == 18  # 0.29 * 64 = 18.56
     for place in ("attn_q", "attn_k", "attn_v"):
-        assert c.k(place) == 7  # of 24, all heads together: 7.2
-    assert c.k("mlp_neuron") == 15
+        assert c.k(place) == 6  # of 24, all heads together: 6.96
+    assert c.k("mlp_neuron") == 14
 
 
 def test_at_least_one_entry_is_kept_and_a_fraction_of_one_keeps_all():

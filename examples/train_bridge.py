@@ -201,4 +201,4 @@ if __name__ == "__main__":
     except (ValueError, OSError) as error:  # what the user can mend, said without a traceback
         sys.exit(f"error: {error}")
     except KeyboardInterrupt as stop:
-        sys.exit(f"{stop or 'interrupted'}; start the same command again to resume")
+        sys.exit(f"{str(stop) or 'interrupted'}; start the same command again to resume")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import sys
 from collections.abc import Iterator, Mapping
@@ -12,6 +11,8 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from sparse.files import replace_files
 
 from .scores import Curve, Score
 
@@ -180,26 +181,9 @@ def provenance(**facts: Any) -> dict[str, Any]:
 
 
 def write_all(folder: Path, texts: Mapping[str, str]) -> list[Path]:
-    """Write every text beside its place, then move them all there; a failure leaves the old."""
-    places = {folder / name: folder / f"{name}.tmp" for name in texts}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for (_, part), text in zip(places.items(), texts.values(), strict=True):
-            with open(part, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-        for place, part in places.items():
-            os.replace(part, place)
-    except OSError as error:
-        for part in places.values():
-            part.unlink(missing_ok=True)
-        raise OSError(
-            error.errno,
-            f"could not write {', '.join(texts)} to {folder} ({error.strerror}); what was there "
-            "before is untouched; free some space or make the folder writable, and run again",
-        ) from error
-    return list(places)
+    """Write every text into `folder`, all or none, and return their paths."""
+    replace_files(folder, texts)
+    return [folder / name for name in texts]
 
 
 def _cell(text: str) -> str:

@@ -12,6 +12,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -146,12 +147,25 @@ class Batches:
             yield self.at(self.step - 1)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the step of the next batch."""
-        return {"step": self.step}
+        """Return the step of the next batch, and what tells these batches from others."""
+        return {"step": self.step, **self._identity}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue at the step of a `state_dict`."""
+        """Continue at the step of a `state_dict`; one of other batches is refused."""
+        mine = self._identity
+        if differ := [k for k in mine if state.get(k, mine[k]) != mine[k]]:
+            changes = "; ".join(f"{k}: {state[k]} there, {mine[k]} here" for k in differ)
+            raise ValueError(
+                f"Batches: the state belongs to other batches ({changes}); give the text, length "
+                "and batch size it was made with, or another output folder to start anew"
+            )
         self.step = state["step"]
+
+    @cached_property
+    def _identity(self) -> dict[str, Any]:
+        text = hashlib.sha256(self.blocks.cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
+        size = {"length": self.blocks.shape[1], "batch_size": self.batch_size}
+        return {**size, "batch_seed": self.seed, "text": text}
 
 
 class StreamingBatches:

@@ -135,9 +135,26 @@ def test_batches_resume_bit_for_bit_twice_in_a_row():
         batches.load_state_dict(start)
         seen.append(take(batches, n))
         start = json.loads(json.dumps(batches.state_dict()))
-    assert start == {"step": 30}
+    assert start["step"] == 30
     assert torch.equal(torch.cat(seen), whole)
     assert not torch.equal(take(Batches(blocks, 3, seed=1), 19), whole[11:])  # control: no state
+
+
+def test_a_state_of_other_batches_is_refused_by_what_differs():
+    blocks = torch.arange(200).view(20, 10)
+    state = Batches(blocks, 3, seed=1).state_dict() | {"step": 5}
+    for other, says in (
+        (Batches(blocks, 4, seed=1), "batch_size: 3 there, 4 here"),
+        (Batches(blocks.view(10, 20), 3, seed=1), "length: 10 there, 20 here"),
+        (Batches(blocks, 3, seed=2), "batch_seed: 1 there, 2 here"),
+        (Batches(blocks + 1, 3, seed=1), "text: .* there, .* here"),
+    ):
+        with pytest.raises(ValueError, match=f"other batches .*{says}.*; give the text"):
+            other.load_state_dict(state)
+        assert other.step == 0
+    same = Batches(blocks.clone(), 3, seed=1)
+    same.load_state_dict(state)  # control: its equal
+    assert same.step == 5
 
 
 def test_batches_refuse_fewer_blocks_than_a_batch_and_steps_before_the_first():

@@ -58,7 +58,8 @@ def nmse(x: Float[Tensor, "*batch d"], target: Float[Tensor, "*batch d"]) -> Flo
     The denominator is detached, so the target cannot lower its loss by growing. 0 is perfect, 1 is
     as good as the mean.
     """
+    x, target = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (x, target))
     with torch.no_grad():
-        flat = target.flatten(0, -2).float()
+        flat = target.flatten(0, -2)
         variance = (flat - flat.mean(0)).square().sum()
-    return (x.float() - target.float()).square().sum() / variance
+    return (x - target).square().sum() / variance

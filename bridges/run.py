@@ -67,10 +67,11 @@ class Run:
             raise ValueError(f"{path} cannot be read ({error}); {RESTORE}") from error
 
     def log(self) -> list[dict[str, Any]]:
-        """Return the lines of the training log."""
+        """Return the lines of the training log; a last line torn by a kill is left out."""
         path = self.folder / "log.jsonl"
         try:
-            return [json.loads(line) for line in path.read_text().splitlines()]
+            lines = path.read_text().splitlines(keepends=True)
+            return [json.loads(line) for line in lines if line.endswith("\n")]
         except (OSError, ValueError) as error:
             raise ValueError(f"{path} cannot be read ({error}); {RESTORE}") from error
 

@@ -242,17 +242,23 @@ class DenseCircuit:
         Measured on a split of the task: the mean change of logit(counterfactual target) minus
         logit(own target), in logits, at strength 1.
         """
-        batch = self.circuit.task.batch(self._tokenizer(), split).to(self.dense.device)
+        batch = self.circuit.task.batch(self.tokenizer, split).to(self.dense.device)
         ids, other = batch.ids, batch.counterfactual()
         before = logit_difference(batch.scored(self.dense.logits(ids)), batch)
         effects = {}
         for s in self.bridges.config.sites:
+            if s == 0:
+                continue  # no node acts before it
             after = logit_difference(batch.scored(self.steer(ids, other, site=s)), batch)
             effects[s] = float((before - after).mean())
+        if not effects:
+            raise ValueError("only site 0 is bridged, where no node acts; bridge a later site")
         best = max(effects, key=effects.__getitem__)
         return replace(self, site=best, site_effects=effects)
 
-    def _tokenizer(self) -> Any:
+    @property
+    def tokenizer(self) -> Any:
+        """The dense model's tokenizer, or the run's where it was opened without one."""
         if self.dense.tokenizer is not None:
             return self.dense.tokenizer
         from transformers import AutoTokenizer

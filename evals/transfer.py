@@ -76,11 +76,11 @@ def measure_transfer(
     many rotations, and `circuit_draws` random circuits of equal size; the full activation patch is
     in the detail. At strengths without a row the curve has `curve_draws` of the first two. At most
     `max_pairs` pairs of a split are used, the first ones. Task and tokenizer default to the
-    circuit's and the dense model's. Raises ValueError where the fast engine (the delta added, the
+    circuit's own. Raises ValueError where the fast engine (the delta added, the
     model resumed) and `dense_circuit.steer` disagree.
     """
     job: Task = dense_circuit.circuit.task if task is None else task
-    tokenizer = tokenizer or dense_circuit.dense.tokenizer
+    tokenizer = tokenizer or dense_circuit.tokenizer
     if 1 not in strengths or min(strengths) <= 0:
         raise ValueError(
             f"measure_transfer: strengths {tuple(strengths)} must be above 0 and hold 1, the "

@@ -36,7 +36,7 @@ def main() -> None:
     batch = circuit.task.batch(run.tokenizer, "test")
     ids, other = batch.ids, batch.counterfactual()
     control = list(circuit.random(run.sparse, args.seed))
-    print("P(target of the other context), mean over the test split:")
+    print("P(target of the other context) in the full softmax, mean over the test split:")
     for strength in (0.0, 0.5, 1.0, 2.0):
         chances = []
         for nodes in (list(circuit), control):

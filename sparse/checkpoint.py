@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -30,12 +31,16 @@ def write_folder(folder: Path, tensors: dict[str, dict[str, Tensor]], state: dic
         for stem, named in tensors.items():
             flat = {name: t.detach().cpu().contiguous() for name, t in named.items()}
             save_file(flat, aside / f"{stem}.safetensors")
-        (aside / STATE).write_text(json.dumps(state, indent=1))
+        marks = {path.name: _sha256(path) for path in sorted(aside.iterdir())}
+        (aside / STATE).write_text(json.dumps({**state, "sha256": marks}, indent=1))
         for path in [*aside.iterdir(), aside]:
             sync(path)
-        shutil.rmtree(folder, ignore_errors=True)
+        gone = folder.with_name(f"{folder.name}.gone")
+        if folder.exists():
+            os.replace(folder, gone)
         os.replace(aside, folder)
         sync(folder.parent)
+        shutil.rmtree(gone, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise OSError(
@@ -49,16 +54,22 @@ def read_folder(folder: Path, *stems: str) -> tuple[dict[str, dict[str, Tensor]]
     path = folder / STATE
     try:
         state = json.loads(path.read_text())
-        tensors = {}
+        marks, tensors = state.pop("sha256", {}), {}
         for stem in stems:
             path = folder / f"{stem}.safetensors"
             tensors[stem] = load_file(path)
+            if _sha256(path) != marks.get(path.name):
+                raise ValueError("its sha256 is not the one written beside it")
     except (OSError, ValueError, SafetensorError) as error:  # ValueError: no JSON, or no text
         raise ValueError(
             f"{path} cannot be read: {error}; restore the file, or, if {folder} is a checkpoint, "
             "delete it to resume from the one before it"
         ) from error
     return tensors, state
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def steps_saved(folder: Path) -> list[Path]:

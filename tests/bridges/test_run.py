@@ -110,8 +110,8 @@ def test_a_dense_model_without_tokenizer_cannot_be_saved(dense, sparse, bridges,
         ("manifest.json", b"\xff\xfe", "manifest.json is broken"),
         ("manifest.json", b"[1]", "manifest.json is broken"),
         ("heldout.safetensors", b"", "heldout.safetensors cannot be read"),
-        ("log.jsonl", b'{"step": 1}\n{"st', "log.jsonl cannot be read"),
-        ("bridges/state.json", b"{}", "do not belong together .'config'"),
+        ("log.jsonl", b'{"st\n{"step": 2}\n', "log.jsonl cannot be read"),
+        ("bridges/state.json", b"{}", "bridges.safetensors cannot be read: its sha256"),
         ("sparse/model.safetensors", b"half", "a file in .*sparse is broken"),
         ("sparse/tokenizer.json", b'{"ver', "a file in .*sparse is broken"),
         ("sparse/config.json", None, "config.json of .*sparse is missing"),
@@ -131,3 +131,8 @@ def test_broken_node_means_are_named(saved, tmp_path):
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(ValueError, match="node_means.safetensors is broken .*; make it again"):
         load_means(path.parent)
+
+
+def test_a_last_line_torn_by_a_kill_is_left_out_of_the_log(saved, tmp_path):
+    (tmp_path / "run" / "log.jsonl").write_bytes(b'{"step": 1}\n{"st')
+    assert load_run(tmp_path / "run").log() == [{"step": 1}]

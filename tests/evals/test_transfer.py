@@ -13,7 +13,7 @@ class Planted:
 
     def __init__(self, dense, sparse, circuit, share, site=2):
         self.dense, self.sparse, self.circuit, self.site = dense, sparse, circuit, site
-        self.share = share
+        self.share, self.tokenizer = share, dense.tokenizer
         self.engine_error = 0.0
 
     def delta_steer(self, ids, counterfactual_ids, nodes=None, site=None):

@@ -99,3 +99,13 @@ def test_checkpoints_are_listed_oldest_first_and_nothing_else_is(tmp_path):
         (tmp_path / name).mkdir()
     assert [p.name for p in steps_saved(tmp_path)] == ["step-00000002", "step-00000010"]
     assert steps_saved(tmp_path / "absent") == []
+
+
+def test_one_flipped_bit_is_noticed(tmp_path):
+    write_folder(tmp_path / "f", tensors(), {"step": 1})
+    path = tmp_path / "f" / "module.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="module.safetensors cannot be read: its sha256"):
+        read_folder(tmp_path / "f", "module")

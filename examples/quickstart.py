@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    p.add_argument("--steps", type=int, default=150, help="optimizer steps of the co-training")
-    p.add_argument("--prune_steps", type=int, default=100, help="optimizer steps of the pruning")
+    p.add_argument("--steps", type=int, default=150, help="of the training, and of the pruning")
+    p.add_argument("--draws", type=int, default=100, help="random directions to compare with")
     p.add_argument("--output_dir", default="runs/quickstart", help="the run folder to write")
     args = p.parse_args()
 
@@ -46,13 +46,12 @@ def main() -> None:
     run = save_run(args.output_dir, dense, twin, bridges, **more)
 
     task = get_task("single_double_quote")
-    circuit = prune(run.sparse, task, PruneConfig(n_steps=args.prune_steps))
+    circuit = prune(run.sparse, task, PruneConfig(n_steps=args.steps))
     circuit.save(run.circuit_folder(task.name))
     mapped = map_circuit(circuit, dense, bridges)
-    rows = {
-        "sparse model": tuple(evaluate_circuit(run.sparse, circuit, run.tokenizer)),
-        "dense model": tuple(evaluate_transfer(mapped, max_pairs=24)),
-    }
+    found = evaluate_circuit(run.sparse, circuit, run.tokenizer, draws=args.draws // 5)
+    moved = evaluate_transfer(mapped, draws=args.draws, max_pairs=24)
+    rows = {"sparse model": tuple(found), "dense model": tuple(moved)}
     print(table(Report(title=task.meaning, sections=rows)))
 
 

@@ -31,7 +31,7 @@ os.environ |= {
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONPATH": os.pathsep.join(filter(None, [str(OFFLINE), os.environ.get("PYTHONPATH")])),
 }
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads that wait for one another are slower
 for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_CACHE"):
     os.environ.pop(name, None)
 
@@ -42,7 +42,7 @@ _spec.loader.exec_module(offline)
 SMOKE = {  # example: what is appended to its README command to make it small (the last flag wins)
     "train_bridge.py": "--preset smoke --threads 1 --dataset text.txt --tasks single_double_quote "
     "--output_dir runs/tiny-demo",
-    "quickstart.py": "--steps 4 --prune_steps 4",
+    "quickstart.py": "--steps 4 --draws 5",
     "find_circuit.py": "--prune_steps 4",
     "map_to_dense.py": "",
     "evaluate.py": "--draws 4",

@@ -1,4 +1,4 @@
-"""The whole way in a minute or two on a CPU: twin, bridges, circuit, and the dense model moved.
+"""The whole way in a few minutes on a CPU: twin, bridges, circuit, and the dense model moved.
 
     python examples/quickstart.py
 

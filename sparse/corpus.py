@@ -228,7 +228,7 @@ def open_dataset(
 ) -> Any:
     """Return the rows of a Hugging Face dataset; needs the extra `data`."""
     try:
-        import datasets
+        import datasets  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ImportError(
             f"{name!r} is no file or folder here, and reading it from Hugging Face needs the "

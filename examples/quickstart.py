@@ -36,8 +36,8 @@ def main() -> None:
     )
 
     dense, corpus = tiny(), load_corpus()  # the text: the standard library's own sources
-    train = pack(corpus.train[:300], dense.tokenizer, 128)
-    heldout = pack(corpus.validation[:30], dense.tokenizer, 128)[:16]
+    train = pack(corpus.train[:300], dense.tokenizer, 64)
+    heldout = pack(corpus.validation[:30], dense.tokenizer, 64)[:16]
     twin = SparseGPT(SparseGPTConfig(vocab_size=dense.vocab_size, num_hidden_layers=dense.n_layers))
     bridges = BridgeSet(BridgeConfig.between(dense, twin, k=64))
     config = CotrainConfig(train=TrainConfig(steps=args.steps, folder=args.output_dir))

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .bridge import BridgeConfig, BridgeSet
-    from .cotraining import CotrainConfig, Weights, cotrain
+    from .cotraining import cotrain
     from .intervene import DenseCircuit
     from .run import Run, load_run, save_run
+    from .settings import CotrainConfig, Weights
     from .transfer import map_circuit
 
 __version__ = "0.1.0"
@@ -30,8 +31,8 @@ __all__ = [
 _HOME = {
     "BridgeConfig": "bridge",
     "BridgeSet": "bridge",
-    "CotrainConfig": "cotraining",
-    "Weights": "cotraining",
+    "CotrainConfig": "settings",
+    "Weights": "settings",
     "cotrain": "cotraining",
     "Run": "run",
     "load_run": "run",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
-from typing import Literal
+from dataclasses import asdict
+from functools import reduce
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -13,83 +14,13 @@ from torch import Tensor, nn
 
 from sparse.csr import WORTH_REBUILDING, csr_products
 from sparse.model import SparseGPT
-from sparse.project import SparsityConfig, budgets, check_budgets, project_model_
-from sparse.train import BatchSource, Group, TrainConfig, fit, warmup_decay
+from sparse.project import budgets, check_budgets, project_model_
+from sparse.train import BatchSource, Group, fit, warmup_decay
 
 from .bridge import BridgeSet, FrozenModel, ResidualModel, fingerprint
 from .hybrid import draw_positions, draw_sites, run_passes, score_passes
-from .losses import Moments, Scored, nmse, spreads
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Weights:
-    """The coefficient of each term of the loss (decisions.md 2)."""
-
-    ce: float = 1.0
-    """Cross entropy of the sparse model."""
-    kl: float = 1.0
-    """Distillation: KL(dense || sparse)."""
-    nmse: float = 1.0
-    """Normalised squared error of encoders and of decoders."""
-    hybrid: float = 1.0
-    """KL of the hybrid passes in both directions."""
-
-    def __post_init__(self) -> None:
-        for f in fields(self):
-            if getattr(self, f.name) < 0:
-                raise ValueError(f"Weights.{f.name}={getattr(self, f.name)} must not be below 0")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CotrainConfig:
-    """Everything about the co-training that is not the models' shape."""
-
-    train: TrainConfig
-    """Steps, folder, checkpoints, seed."""
-    sparsity: SparsityConfig = field(default_factory=SparsityConfig)
-    """How sparse the twin's weights become and when."""
-    weights: Weights = field(default_factory=Weights)
-    """Coefficients of the loss."""
-    hybrid_sites: Literal["sampled", "all"] = "sampled"
-    """"sampled": each sequence draws its own sites, unbiased. "all": each at every site, exact."""
-    sites_per_sequence: int = 1
-    """How many different sites a sequence draws when sampled; 1 to the number bridged."""
-    hybrid_tokens: float = 1.0
-    """Fraction of a sequence's positions at which the hybrid KLs are taken, in (0, 1]. Drawn anew
-    for each sequence and step, unbiased; the passes themselves run over all positions."""
-    decoder_trains_trunk: bool = True
-    """Whether the decoder's error also reaches the sparse trunk (method.md 3.4)."""
-    lr: float = 3e-2
-    """Peak learning rate of the twin at its final density; gradients are normalised, eps is 0.1."""
-    bridge_lr: float = 3e-3
-    """Peak learning rate of the bridges; gradients are normalised, eps is 1e-8."""
-    weight_decay: float = 0.1
-    """Decay of the twin's matrices per unit of learning rate; bridges do not decay."""
-    warmup: float = 0.02
-    """Share of the steps over which the learning rates rise from 0."""
-    calibration_tokens: int = 16384
-    """Tokens from which the dense residual's mean and scale per site are taken at the start."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.warmup < 1:
-            raise ValueError(f"CotrainConfig.warmup={self.warmup} must be in [0, 1)")
-        for name in ("lr", "bridge_lr", "calibration_tokens", "sites_per_sequence"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"CotrainConfig.{name}={getattr(self, name)} must be above 0")
-        if not 0 < self.hybrid_tokens <= 1:
-            raise ValueError(f"CotrainConfig.hybrid_tokens={self.hybrid_tokens} must be in (0, 1]")
-        w = self.weights
-        if not (w.nmse or w.hybrid) or not (w.ce or w.kl or w.hybrid):
-            raise ValueError(
-                f"CotrainConfig.weights={w} leave the {'bridges' if w.ce or w.kl else 'twin'} "
-                "untrained; give nmse or hybrid, and ce, kl or hybrid, a weight above 0"
-            )
-        if self.train.accumulate != 1:
-            raise ValueError(
-                f"CotrainConfig: accumulate={self.train.accumulate}, but the NMSE is a ratio of "
-                "sums over the whole batch, which parts of it do not give; take 1, and fewer "
-                "sequences or more processes"
-            )
+from .losses import Moments, Normalised, Scored, moments_of, nmse, of_all_processes
+from .settings import CotrainConfig, Weights
 
 
 def losses(
@@ -102,6 +33,8 @@ def losses(
     positions: Int[Tensor, "batch drawn"] | None = None,
     decoder_trains_trunk: bool = True,
     processes: int = 1,
+    whole: Sequence[Moments] | None = None,
+    normalised: Normalised = "fvu",
 ) -> dict[str, Float[Tensor, ""]]:
     """Return the terms of the co-training loss, each weighted; their sum is what we descend.
 
@@ -117,7 +50,8 @@ def losses(
     every sequence is resumed at its own sites only, with `positions` the hybrid KLs are taken at
     those only; both without bias. Nats per token for ce, kl, up and down. A term of weight 0 is 0
     and costs nothing. Where `processes` train together, each with its own rows, the mean of their
-    losses, and of the gradients, is that of all rows.
+    losses, and of the gradients, is that of all rows. So it is where `ids` is one of several equal
+    parts of a batch and `whole` holds the moments of all of it (`Cotraining.of_whole`).
     """
     sites = bridges.config.sites
     run = run_passes(dense, sparse, bridges, ids, drawn, hybrid=w.hybrid > 0)
@@ -130,11 +64,14 @@ def losses(
         fixed = [x.detach() for x in z]
         if not decoder_trains_trunk:
             down = [bridges.decode(s, x) for s, x in zip(sites, fixed, strict=True)]
-        below = spreads([*z, *h], processes)
-        n = len(sites)
-        mine = w.nmse * processes  # the joint batch's numerators are sums, the gradients a mean
-        encode = mine * torch.stack(list(map(nmse, up, fixed, below[:n]))).mean()
-        decode = mine * torch.stack(list(map(nmse, down, h, below[n:]))).mean()
+        below = whole or moments_of([*z, *h], processes)
+        share = below[0].n / ids.numel()  # numerators of all parts are summed, gradients averaged
+
+        def error(x: list[Tensor], target: list[Tensor], of: Sequence[Moments]) -> Tensor:
+            each = (nmse(*pair, normalised) for pair in zip(x, target, of, strict=True))
+            return w.nmse * share * torch.stack(list(each)).mean()
+
+        encode, decode = error(up, fixed, below[: len(sites)]), error(down, h, below[len(sites) :])
     return {
         "ce": scored.get("main", none).ce,
         "kl": scored.get("main", none).kl,
@@ -143,6 +80,16 @@ def losses(
         "up": scored.get("up", none).kl,
         "down": scored.get("down", none).kl,
     }
+
+
+class Part(NamedTuple):
+    """Which of a batch's equal parts this is, and what it needs of the whole."""
+
+    index: int
+    of: int
+    """Number of parts."""
+    whole: Sequence[Moments] | None
+    """Moments of the sparse, then the dense residuals at the bridged sites, over all parts."""
 
 
 class Cotraining(nn.Module):
@@ -161,16 +108,21 @@ class Cotraining(nn.Module):
         self.anneal = config.sparsity.anneal(steps)
         check_budgets(self.plan, config.sparsity.densities(steps, steps))
 
-    def forward(self, ids: Int[Tensor, "batch pos"], step: int) -> dict[str, Tensor]:
-        """Return the weighted losses of one batch at an optimizer step."""
+    def forward(
+        self, ids: Int[Tensor, "batch pos"], step: int, part: Part | None = None
+    ) -> dict[str, Tensor]:
+        """Return the weighted losses of one batch, or of a part of it, at an optimizer step."""
         c, drawn, positions = self.config, None, None
         world, rank = _world()
-        n, key = world * len(ids), (step, c.train.seed)  # draws of the joint batch; ours are some
+        i, parts, whole = part or Part(0, 1, None)
+        # draws are those of the batch of all processes and parts; ours are some of its rows
+        mine, n = slice(i * len(ids), (i + 1) * len(ids)), world * parts * len(ids)
         if c.hybrid_sites != "all":
-            sites = self.bridges.config.sites
-            drawn = draw_sites(sites, n, *key, c.sites_per_sequence)[rank::world]
+            sites, m = self.bridges.config.sites, c.sites_per_sequence
+            drawn = draw_sites(sites, n, step, c.train.seed, m)[rank::world][mine]
         if c.hybrid_tokens < 1:
-            positions = draw_positions(n, ids.shape[1], c.hybrid_tokens, *key)[rank::world]
+            taken = draw_positions(n, ids.shape[1], c.hybrid_tokens, step, c.train.seed)
+            positions = taken[rank::world][mine]
         with csr_products(self.sparse, WORTH_REBUILDING):
             return losses(
                 self.dense,
@@ -182,7 +134,28 @@ class Cotraining(nn.Module):
                 positions,
                 c.decoder_trains_trunk,
                 world,
+                whole,
+                c.nmse,
             )
+
+    @torch.no_grad()
+    def of_whole(self, parts: Sequence[Int[Tensor, "part pos"]]) -> list[Part]:
+        """Return, for each part of this process's share of a batch, what it needs of the whole.
+
+        The errors of the bridges are ratios, whose denominators are of the whole batch: one pass
+        through either model, without gradient and without hybrids, before the first part's own.
+        """
+        world, n = _world()[0], len(parts)
+        if not self.config.weights.nmse:
+            return [Part(i, n, None) for i in range(n)]
+        sites, seen = self.bridges.config.sites, []
+        for ids in parts:
+            with csr_products(self.sparse, WORTH_REBUILDING):
+                z, h = self.sparse.residuals(ids), self.dense.residuals(ids)
+            seen.append([Moments.of(x[s]) for x in (z, h) for s in sites])
+        mine = [reduce(Moments.join, of_parts) for of_parts in zip(*seen, strict=True)]
+        whole = of_all_processes(mine, world)
+        return [Part(i, n, whole) for i in range(n)]
 
     def groups(self) -> list[Group]:
         """The twin by the sparse recipe, the bridges by plain Adam; normalised separately."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import reduce
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed
@@ -241,37 +241,53 @@ class Moments(NamedTuple):
         return Moments(n, self.mean + away * (other.n / n), spread)
 
 
-def spreads(targets: Sequence[Float[Tensor, "*batch _"]], processes: int = 1) -> list[Tensor]:
-    """Return sum_t |target_t - mean|^2 of each target, detached.
+def moments_of(targets: Sequence[Float[Tensor, "*batch _"]], processes: int = 1) -> list[Moments]:
+    """Return the moments of each target.
 
     With `processes` above 1 every process calls this with its own rows, equally many, and gets the
-    spread of all rows about their joint mean.
+    moments of all rows.
     """
-    mine = [Moments.of(t) for t in targets]
+    return of_all_processes([Moments.of(t) for t in targets], processes)
+
+
+def of_all_processes(mine: Sequence[Moments], processes: int) -> list[Moments]:
+    """Join each process's moments of equally many rows; every process gets those of all rows."""
     if processes == 1:
-        return [m.spread for m in mine]
+        return list(mine)
     sent = torch.cat([torch.cat([m.mean, m.spread[None]]) for m in mine])
     everyones = [torch.empty_like(sent) for _ in range(processes)]
     torch.distributed.all_gather(everyones, sent)
     per_target = zip(*(x.split([len(m.mean) + 1 for m in mine]) for x in everyones), strict=True)
     return [
-        reduce(Moments.join, (Moments(m.n, x[:-1], x[-1]) for x in parts)).spread
+        reduce(Moments.join, (Moments(m.n, x[:-1], x[-1]) for x in parts))
         for m, parts in zip(mine, per_target, strict=True)
     ]
+
+
+Normalised = Literal["fvu", "per_token", "uncentred"]
 
 
 def nmse(
     x: Float[Tensor, "*batch d"],
     target: Float[Tensor, "*batch d"],
-    spread: Float[Tensor, ""] | None = None,
+    moments: Moments | None = None,
+    by: Normalised = "fvu",
 ) -> Float[Tensor, ""]:
-    """Return the fraction of the target's variance left unexplained (definition A, method.md 3.3).
+    """Return a normalised squared error, a fraction; 0 is perfect. t over batch and positions:
 
-        sum_t |x_t - target_t|^2 / sum_t |target_t - mean|^2,     t over batch and positions
+        "fvu"        sum_t |x_t - target_t|^2 / sum_t |target_t - mean|^2
+        "per_token"  mean_t (|x_t - target_t|^2 / (|target_t - mean|^2 + 1e-8))
+        "uncentred"  sum_t |x_t - target_t|^2 / sum_t |target_t|^2
 
-    The denominator is detached, so the target cannot lower its loss by growing. 0 is perfect, 1 is
-    as good as the mean. `spread` is the denominator where it has been computed already (`spreads`).
+    Definitions A, B and C of method.md 3.3; the first is the fraction of variance unexplained, 1
+    where x is as good as the mean. Denominators are detached, so the target cannot lower its loss
+    by growing. `moments` are those of the whole of which `target` holds some rows, by default of
+    the target itself; the errors of all its parts add up to that of the whole.
     """
     x, target = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (x, target))
-    below = spreads([target])[0] if spread is None else spread
+    n, mean, spread = moments or Moments.of(target)
+    if by == "per_token":
+        away = (target.detach() - mean).square().sum(-1) + 1e-8
+        return ((x - target).square().sum(-1) / away).sum() / n
+    below = spread if by == "fvu" else spread + n * mean.square().sum()
     return mse_loss(x, target, reduction="sum") / below

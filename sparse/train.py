@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from hashlib import sha256
@@ -52,6 +52,15 @@ class Trainable(Protocol):
     def groups(self) -> list[Group]: ...
 
 
+@runtime_checkable
+class NeedsWhole(Protocol):
+    """A module whose losses on a part of a batch depend on the rest of it."""
+
+    def of_whole(self, parts: Sequence[Tensor]) -> Sequence[Any]:
+        """Return, per part, what `forward` takes after the step; called before the first part."""
+        ...
+
+
 def warmup_decay(step: int, steps: int, warmup: float = 0.01) -> float:
     """Return t/w below w = floor(warmup * steps), then 1 - (t-w)/(steps-w) (method.md 2.3)."""
     w = int(warmup * steps)
@@ -90,7 +99,8 @@ def fit(
         stream = iter(batches)
         while step < config.steps:
             _seed(config.seed, step, accelerator.process_index)
-            losses = _backward(wrapped, run.share(next(stream)), step, config, accelerator)
+            ids = run.share(next(stream))
+            losses = _backward(module, wrapped, ids, step, config, accelerator)
             lr = {g.name: g.lr(step) for g in groups}
             rms = _update(groups, optimizer, lr, accelerator)
             notes = (after_step(step) if after_step else None) or {}
@@ -132,15 +142,24 @@ def accelerator_for(config: TrainConfig, given: Accelerator | None) -> Accelerat
 
 
 def _backward(
-    wrapped: nn.Module, ids: Tensor, step: int, config: TrainConfig, accelerator: Accelerator
+    module: nn.Module,
+    wrapped: nn.Module,
+    ids: Tensor,
+    step: int,
+    config: TrainConfig,
+    accelerator: Accelerator,
 ) -> dict[str, Tensor]:
     """Leave the gradient of the batch in the parameters and return its losses."""
     wrapped.zero_grad(set_to_none=True)
     n, total = config.accumulate, {}
-    for i, part in enumerate(ids.chunk(n)):
+    parts, known = ids.chunk(n), [()] * n
+    if n > 1 and isinstance(module, NeedsWhole):
+        with accelerator.autocast():
+            known = [(x,) for x in module.of_whole(parts)]
+    for i, part in enumerate(parts):
         with nullcontext() if i == n - 1 else accelerator.no_sync(wrapped):
             with accelerator.autocast():
-                losses = wrapped(part, step)
+                losses = wrapped(part, step, *known[i])
             accelerator.backward(torch.stack(list(losses.values())).sum() / n)
         for name, value in losses.items():
             total[name] = total.get(name, 0) + value.detach() / n

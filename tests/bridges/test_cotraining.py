@@ -350,9 +350,60 @@ def test_terms_of_weight_zero_are_zero_and_the_others_unmoved(dense, sparse, bri
             assert got[term].item() == pytest.approx(want, rel=1e-6), (left_out, term)
 
 
-def test_passes_over_parts_of_a_batch_are_refused_for_the_nmse_is_of_the_whole(tmp_path):
-    with pytest.raises(ValueError, match="accumulate=2, but the NMSE is a ratio .*take 1"):
-        CotrainConfig(train=TrainConfig(steps=1, folder=str(tmp_path), accumulate=2))
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        dict(hybrid_sites="all", nmse="per_token"),
+        dict(sites_per_sequence=2, hybrid_tokens=0.5, nmse="uncentred"),
+        dict(decoder_trains_trunk=False),
+        dict(weights=Weights(nmse=0.0)),
+    ],
+)
+def test_gradients_of_the_parts_of_a_batch_average_to_that_of_the_whole(
+    dense, build, ids, tmp_path, fields
+):
+    config = replace(make(tmp_path), **fields)
+    rows = torch.cat([ids, ids[:1]])
+    double = copy.deepcopy(dense.model).double()
+
+    def gradients(n, whole=True):
+        sparse = build.sparse().double()
+        made = BridgeSet(BridgeConfig.between(dense, sparse, k=7), seed=1).double()
+        module = Cotraining(type(dense)(double), sparse, made, config)
+        parts = rows.chunk(n)
+        known = module.of_whole(parts) if whole else [None] * n
+        terms = [module(x, 3, of) for x, of in zip(parts, known, strict=True)]
+        total = {name: sum(t[name] for t in terms) / n for name in TERMS}
+        sum(total.values()).backward()
+        return total, {name: p.grad for name, p in module.named_parameters()}
+
+    want, grads = gradients(1, whole=False)
+    for n in (2, 3):
+        terms, mine = gradients(n)
+        for name in TERMS:
+            assert terms[name].item() == pytest.approx(want[name].item(), rel=1e-12), (n, name)
+        for name, g in grads.items():
+            assert (mine[name] - g).abs().max() < 1e-12 * max(1, g.abs().max()), (n, name)
+    if config.weights.nmse:  # control: parts that know nothing of each other are another loss
+        assert abs(gradients(2, whole=False)[0]["decode"] - want["decode"]) > 1e-4
+
+
+def test_a_run_in_parts_is_the_run_on_whole_batches(dense, build, batches, tmp_path):
+    runs = {}
+    for n in (1, 2):
+        sparse, config = build.sparse(), make(tmp_path / str(n))
+        made = BridgeSet(BridgeConfig.between(dense, sparse, k=7), seed=1)
+        config = replace(config, train=replace(config.train, accumulate=n))
+        cotrain(dense, sparse, made, batches, config)
+        runs[n] = [
+            json.loads(x) for x in (tmp_path / str(n) / "log.jsonl").read_text().split("\n") if x
+        ]
+        batches.load_state_dict(batches.state_dict() | {"step": 0})
+    for one, two in zip(runs[1], runs[2], strict=True):
+        for name in one:
+            if name.startswith(("loss/", "grad_rms/")):
+                assert two[name] == pytest.approx(one[name], rel=2e-3), (one["step"], name)
 
 
 def test_resuming_with_other_models_or_settings_is_refused(

@@ -10,9 +10,9 @@ from bridges.losses import (
     ce_nats,
     kl_nats,
     log_probs,
+    moments_of,
     nmse,
     score_endings,
-    spreads,
 )
 
 
@@ -272,8 +272,47 @@ def test_moments_of_parts_join_to_those_of_the_whole():
     assert apart < 0.99 * whole.spread  # control: parts differ in their means
 
 
-def test_a_spread_computed_before_is_the_denominator():
+def definitions(x, target):
+    """A, B and C as loops over the tokens."""
+    tokens = list(zip(x.flatten(0, 1), target.flatten(0, 1), strict=True))
+    mean = sum(h for _, h in tokens) / len(tokens)
+    errors = [(a - h).square().sum() for a, h in tokens]
+    around = [(h - mean).square().sum() for _, h in tokens]
+    each = [e / v for e, v in zip(errors, around, strict=True)]
+    return {
+        "fvu": sum(errors) / sum(around),
+        "per_token": sum(each) / len(each),
+        "uncentred": sum(errors) / sum(h.square().sum() for _, h in tokens),
+    }
+
+
+def test_each_definition_of_the_nmse_is_its_equation():
     x, target = random(2, 4, 5), random(2, 4, 5, seed=1)
-    (spread,) = spreads([target])
-    assert nmse(x, target, spread) == nmse(x, target)
-    assert nmse(x, target, 2 * spread) == nmse(x, target) / 2
+    want = definitions(x, target)
+    for by, value in want.items():
+        assert nmse(x, target, by=by).item() == pytest.approx(value.item(), rel=1e-6), by
+    values = sorted(v.item() for v in want.values())
+    assert values[1] - values[0] > 0.01 and values[2] - values[1] > 0.01  # control: three numbers
+
+
+@pytest.mark.parametrize("by", ["fvu", "per_token", "uncentred"])
+def test_with_the_moments_of_the_whole_the_errors_of_parts_add_up(by):
+    x, target = random(4, 3, 5), random(4, 3, 5, seed=1) + 2
+    (whole,) = moments_of([target])
+    parts = sum(nmse(x[i : i + 2], target[i : i + 2], whole, by) for i in (0, 2))
+    assert parts.item() == pytest.approx(nmse(x, target, by=by).item(), rel=1e-12)
+    alone = sum(nmse(x[i : i + 2], target[i : i + 2], by=by) for i in (0, 2)) / 2
+    assert abs(alone - nmse(x, target, by=by)) > 1e-4  # control: ratios of parts are not
+
+
+@pytest.mark.parametrize("by", ["fvu", "per_token", "uncentred"])
+def test_no_definition_lets_the_target_grow(by):
+    x, target = random(2, 4, 5), random(2, 4, 5, seed=1).requires_grad_()
+    nmse(x, target, by=by).backward()
+    fixed = target.detach()
+    (whole,) = moments_of([fixed])
+    free = fixed.clone().requires_grad_()
+    away = (fixed - whole.mean).square().sum(-1) * whole.n
+    below = {"fvu": whole.spread, "per_token": away, "uncentred": fixed.square().sum()}[by]
+    ((x - free).square().sum(-1) / below).sum().backward()
+    assert torch.allclose(target.grad, free.grad, rtol=1e-6)

@@ -221,7 +221,8 @@ def cotrain(
     accelerator = accelerator or Accelerator(mixed_precision=config.train.mixed_precision)
     dense.model.to(accelerator.device)
     module = Cotraining(dense, sparse, bridges, config).to(accelerator.device)
-    calibrate(dense, bridges, batches, config.calibration_tokens, accelerator.device)
+    if config.calibration_tokens:
+        calibrate(dense, bridges, batches, config.calibration_tokens, accelerator.device)
 
     def evaluate() -> dict[str, float]:
         return validate(dense, sparse, bridges, validation, accelerator.device)

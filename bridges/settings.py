@@ -60,14 +60,19 @@ class CotrainConfig:
     warmup: float = 0.02
     """Share of the steps over which the learning rates rise from 0."""
     calibration_tokens: int = 16384
-    """Tokens from which the dense residual's mean and scale per site are taken at the start."""
+    """Tokens from which the dense residual's mean and scale per site are taken at the start; 0:
+    residuals are taken as they are, uncentred and unscaled."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.warmup < 1:
             raise ValueError(f"CotrainConfig.warmup={self.warmup} must be in [0, 1)")
-        for name in ("lr", "bridge_lr", "calibration_tokens", "sites_per_sequence"):
+        for name in ("lr", "bridge_lr", "sites_per_sequence"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"CotrainConfig.{name}={getattr(self, name)} must be above 0")
+        if self.calibration_tokens < 0:
+            raise ValueError(
+                f"CotrainConfig.calibration_tokens={self.calibration_tokens} must not be below 0"
+            )
         if not 0 < self.hybrid_tokens <= 1:
             raise ValueError(f"CotrainConfig.hybrid_tokens={self.hybrid_tokens} must be in (0, 1]")
         w = self.weights

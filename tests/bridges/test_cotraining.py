@@ -290,7 +290,7 @@ def test_models_that_do_not_fit_are_refused_before_anything_is_written(
         (dict(warmup=1.0), r"warmup=1.0 must be in \[0, 1\)"),
         (dict(lr=0.0), "lr=0.0 must be above 0"),
         (dict(bridge_lr=-1.0), "bridge_lr"),
-        (dict(calibration_tokens=0), "calibration_tokens"),
+        (dict(calibration_tokens=-1), "calibration_tokens=-1 must not be below 0"),
         (dict(sites_per_sequence=0), "sites_per_sequence=0 must be above 0"),
         (dict(hybrid_tokens=0.0), r"hybrid_tokens=0.0 must be in \(0, 1\]"),
         (dict(hybrid_tokens=1.5), "hybrid_tokens=1.5"),

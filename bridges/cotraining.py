@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sparse.csr import WORTH_REBUILDING, csr_products
 from sparse.model import SparseGPT
 from sparse.project import budgets, check_budgets, project_model_
-from sparse.train import BatchSource, Group, fit, warmup_decay
+from sparse.train import BatchSource, Group, accelerator_for, fit, warmup_decay
 
 from .bridge import BridgeSet, FrozenModel, ResidualModel, fingerprint
 from .hybrid import draw_positions, draw_sites, run_passes, score_passes
@@ -218,7 +218,7 @@ def cotrain(
             f"{sparse.vocab_size}; both must share one tokenizer: set "
             "SparseGPTConfig.vocab_size to the dense model's"
         )
-    accelerator = accelerator or Accelerator(mixed_precision=config.train.mixed_precision)
+    accelerator = accelerator_for(config.train, accelerator)
     dense.model.to(accelerator.device)
     module = Cotraining(dense, sparse, bridges, config).to(accelerator.device)
     if config.calibration_tokens:

@@ -42,6 +42,7 @@ def parse() -> argparse.Namespace:
     p.add_argument("--mixed_precision", choices=["no", "bf16"], default="no")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--threads", type=int, help="CPU threads per process; default: its share")
+    p.add_argument("--processes", type=int, help="refuse to train on another number of processes")
     args = p.parse_args()
     for name, value in PRESETS[args.preset].items():
         if getattr(args, name) is None:
@@ -52,6 +53,7 @@ def parse() -> argparse.Namespace:
         "length": 2,
         "prune_steps": 0,
         "threads": 1,
+        "processes": 1,
     }.items():
         if (value := getattr(args, name)) is not None and value < least:
             p.error(f"--{name} {value} must be at least {least}")
@@ -149,6 +151,7 @@ def design(args, dense):
             evaluate_every=max(1, args.steps // 10),
             checkpoint_every=max(1, min(100, args.steps // 5)),
             mixed_precision=args.mixed_precision,
+            processes=args.processes,
         ),
         sparsity=SparsityConfig(density=args.density, embedding_density=min(1, 4 * args.density)),
     )

@@ -23,14 +23,16 @@ from .checkpoint import read_folder, remove_folder, steps_saved, write_folder
 from .files import replace_files
 
 FREE = {"folder", "log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints"}
+FREE |= {"processes"}  # the numbers are those of the joint batch, whoever computes them
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     """How long to train, how often to save, where to write. Times are in optimizer steps.
 
-    A resumed run may change `folder` and the four fields that say how often something is written;
-    nothing that is computed depends on them.
+    A resumed run may change `folder`, the four fields that say how often something is written, and
+    on how many processes it runs: nothing that is computed depends on them (dropout does on the
+    last, and rounding).
     """
 
     steps: int
@@ -54,11 +56,16 @@ class TrainConfig:
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """Autocast of the forward pass; parameters, gradients and moments stay float32. "fp16" scales
     the loss, takes the scale off again before the gradients are looked at, and needs CUDA."""
+    processes: int | None = None
+    """How many processes must train together; None takes what the launcher started, and refuses a
+    launch of several that came out as one."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "log_every", "checkpoint_every", "keep_checkpoints", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"TrainConfig.{name}={getattr(self, name)} must be at least 1")
+        if self.processes is not None and self.processes < 1:
+            raise ValueError(f"TrainConfig.processes={self.processes} must be at least 1, or None")
         if self.evaluate_every < 0:
             raise ValueError(
                 f"TrainConfig.evaluate_every={self.evaluate_every} must not be below 0"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -138,7 +139,37 @@ def accelerator_for(config: TrainConfig, given: Accelerator | None) -> Accelerat
             f"TrainConfig.mixed_precision={config.mixed_precision!r}, but the accelerator computes "
             f"in {accelerator.mixed_precision!r}; give both the same"
         )
+    _check_processes(config.processes, accelerator.num_processes)
     return accelerator
+
+
+def _check_processes(asked: int | None, world: int) -> None:
+    """Refuse a launch that came out otherwise than it was asked for.
+
+    `accelerate launch --num_processes 2` starts one process where there is no GPU, and says so only
+    by naming a master; with --multi_gpu, or torchrun, it starts two that train apart.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    remedy = (
+        "on a CPU, start them with `ACCELERATE_USE_CPU=true torchrun --nproc_per_node "
+        f"{max(asked or 2, launched)} SCRIPT`; on GPUs, see that torch.cuda.is_available()"
+    )
+    if world == 1 < launched:
+        raise ValueError(
+            f"{launched} processes were started, but this one trains alone, and each would write "
+            f"the same folder; {remedy}"
+        )
+    one_of_many = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ
+    if asked is None and world == 1 and "WORLD_SIZE" not in os.environ and one_of_many:
+        raise ValueError(
+            "`accelerate launch` was asked for several processes and started one; "
+            f"{remedy}; if one is meant, say TrainConfig.processes=1"
+        )
+    if asked not in (None, world):
+        raise ValueError(
+            f"TrainConfig.processes={asked}, but {world} train{'s' * (world == 1)} together; "
+            f"{remedy}"
+        )
 
 
 def _backward(
@@ -181,9 +212,10 @@ def _update(
 
 
 def _bar(steps: int, done: int, accelerator: Accelerator) -> tqdm:
-    hidden = not accelerator.is_main_process
+    hidden, n = not accelerator.is_main_process, accelerator.num_processes
+    what = f"train, {n} process{'es' * (n > 1)}"
     return tqdm(
-        total=steps, initial=done, desc="train", unit="step", disable=hidden, dynamic_ncols=True
+        total=steps, initial=done, desc=what, unit="step", disable=hidden, dynamic_ncols=True
     )
 
 

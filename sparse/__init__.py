@@ -7,8 +7,8 @@ from .activation import abs_topk
 from .card import Card, Metric
 from .circuit import Circuit
 from .config import SparseGPTConfig
-from .corpus import load_corpus
-from .data import Batches, pack
+from .corpus import load_corpus, stream_corpus
+from .data import Batches, StreamingBatches, first_blocks, pack
 from .mask import last_logits, masked, node_means
 from .model import SparseGPT, SparseGPTModel
 from .pretrain import (
@@ -38,9 +38,11 @@ __all__ = [
     "SparseGPT",
     "SparseGPTConfig",
     "SparsityConfig",
+    "StreamingBatches",
     "Task",
     "TrainConfig",
     "abs_topk",
+    "first_blocks",
     "gao2025",
     "get_task",
     "heldout_nats",
@@ -53,6 +55,7 @@ __all__ = [
     "project_",
     "prune",
     "release",
+    "stream_corpus",
     "task_names",
     "task_nats",
     "unigram_nats",

@@ -9,12 +9,14 @@ import tokenize
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 SUFFIXES = (".txt", ".jsonl", ".py", ".md")
 SEPARATOR = "<|endoftext|>"
 PASSAGE = 2_000  # characters: the least a passage of a single text file holds
+AT_ONCE = 1 << 20  # characters read at a time of a file that holds many documents
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,20 +64,13 @@ def load_corpus(
     if not 0 < validation_share < 1:
         raise ValueError(f"load_corpus: validation_share={validation_share} must be in (0, 1)")
     skipped: Counter[str] = Counter()
-    if source is None:
-        name = f"the standard library of Python {sys.version.split()[0]}"
-        pairs = _folder(Path(sysconfig.get_path("stdlib")), (".py",), text_column, skipped)
-    elif (path := Path(source).expanduser()).is_dir():
-        name, pairs = path.name, _folder(path, SUFFIXES, text_column, skipped)
-    elif path.is_file():
-        if path.suffix not in SUFFIXES:
-            raise ValueError(
-                f"load_corpus: {path.name} is not one of {', '.join(SUFFIXES)}; give one of these, "
-                "or a folder of them (plain text under another name: rename it to .txt)"
-            )
-        name, pairs = path.name, _file(path, path.name, text_column, skipped, alone=True)
-    elif _looks_like_a_path(source):
-        raise FileNotFoundError(f"load_corpus: there is no file or folder {str(source)!r} here")
+    if found := _files(source):
+        name, files, alone = found
+        pairs = (
+            pair
+            for label, path in files
+            for pair in _file(path, label, text_column, skipped, alone)
+        )
     else:
         name = str(source)
         rows = open_dataset(
@@ -126,19 +121,100 @@ def _split(
     )
 
 
-def _folder(
-    root: Path, suffixes: tuple[str, ...], text_column: str, skipped: Counter[str]
-) -> Iterator[tuple[str, str]]:
-    """Yield (name, text) of the files below `root`, in the order of their names."""
+def stream_corpus(
+    source: str | Path | None = None,
+    *,
+    text_column: str = "text",
+    split: str = "train",
+    config: str | None = None,
+    revision: str | None = None,
+) -> Any:
+    """Return the documents of `load_corpus(source)` as rows, read one by one, for StreamingBatches.
+
+    Files give `Documents`, the name of a Hugging Face dataset its streamed rows. Errors are those
+    of `load_corpus`.
+    """
+    if found := _files(source):
+        return Documents(found, text_column)
+    return open_dataset(str(source), split=split, config=config, revision=revision)
+
+
+class Documents:
+    """The documents of files, row by row, and which comes next (`state_dict`).
+
+    One file is open at a time; of a .jsonl file and of a .txt file that is cut into documents only
+    the piece at hand is in memory. Every file is looked through once before its first document.
+    Going back to a document reads its file from the beginning.
+    """
+
+    def __init__(
+        self, found: tuple[str, list[tuple[str, Path]], bool], text_column: str = "text"
+    ) -> None:
+        self.name, self.files, self.alone = found
+        self.text_column = text_column
+        self.skipped: Counter[str] = Counter()
+        self.file = self.document = 0
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        while self.file < len(self.files):
+            label, path = self.files[self.file]
+            pieces = _file(path, label, self.text_column, self.skipped, self.alone)
+            for _, text in islice(pieces, self.document, None):
+                self.document += 1
+                yield {self.text_column: text}
+            self.file, self.document = self.file + 1, 0
+        self.file = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the name of the file and the number of the document in it that come next."""
+        at = self.files[self.file][0] if self.file < len(self.files) else None
+        return {"file": at, "document": self.document}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue at the document of a `state_dict`; the file must still be there."""
+        labels = [label for label, _ in self.files]
+        if state["file"] is not None and state["file"] not in labels:
+            raise ValueError(
+                f"the state continues in {state['file']}, which is not among the {len(labels)} "
+                f"files of {self.name}; restore it, or give another output folder to start anew"
+            )
+        self.file = len(labels) if state["file"] is None else labels.index(state["file"])
+        self.document = state["document"]
+
+
+def _files(source: str | Path | None) -> tuple[str, list[tuple[str, Path]], bool] | None:
+    """Return a name, the files (label, path) and whether it is one file; None for a dataset."""
+    if source is None:
+        root = Path(sysconfig.get_path("stdlib"))
+        return (
+            f"the standard library of Python {sys.version.split()[0]}",
+            _below(root, (".py",)),
+            False,
+        )
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path.name, _below(path, SUFFIXES), False
+    if path.is_file():
+        if path.suffix not in SUFFIXES:
+            raise ValueError(
+                f"load_corpus: {path.name} is not one of {', '.join(SUFFIXES)}; give one of these, "
+                "or a folder of them (plain text under another name: rename it to .txt)"
+            )
+        return path.name, [(path.name, path)], True
+    if _looks_like_a_path(source):
+        raise FileNotFoundError(f"load_corpus: there is no file or folder {str(source)!r} here")
+    return None
+
+
+def _below(root: Path, suffixes: tuple[str, ...]) -> list[tuple[str, Path]]:
+    """Return (name, path) of the files below `root`, in the order of their names."""
     apart = {"site-packages", "dist-packages", "__pycache__"}
     files = {
         path.relative_to(root).as_posix(): path
         for path in root.rglob("*")
         if path.suffix in suffixes and not apart & set(path.relative_to(root).parts)
     }
-    for label, path in sorted(files.items()):
-        if path.is_file():
-            yield from _file(path, label, text_column, skipped, alone=False)
+    return [(label, path) for label, path in sorted(files.items()) if path.is_file()]
 
 
 def _file(
@@ -148,32 +224,54 @@ def _file(
     try:
         if path.suffix == ".py":  # in the coding that it declares
             with tokenize.open(path) as file:
-                text = file.read()
+                whole, marked = file.read(), False
         else:
-            text = path.read_text(encoding="utf-8")
+            whole, marked = None, _marked(path)
     except (SyntaxError, UnicodeDecodeError):
         skipped["not in the declared coding"] += 1
         return
     except PermissionError:
         skipped["not readable"] += 1
         return
-    if path.suffix == ".jsonl":
-        for i, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                yield f"{label}:{i}", text_of(_row(line, path, i), text_column, f"{path}:{i}")
+    if whole is not None:
+        pieces = _passages(whole.split("\n\n")) if alone else [whole]
+        yield from ((f"{label}:{i}", piece) for i, piece in enumerate(pieces))
         return
-    pieces = [text]
-    if path.suffix == ".txt" and SEPARATOR in text:
-        pieces = text.split(SEPARATOR)
-    elif alone:
-        pieces = _passages(text)
-    yield from ((f"{label}:{i}", piece) for i, piece in enumerate(pieces))
+    with path.open(encoding="utf-8") as file:
+        if path.suffix == ".jsonl":
+            for i, line in enumerate(file, 1):
+                if line.strip():
+                    yield f"{label}:{i}", text_of(_row(line, path, i), text_column, f"{path}:{i}")
+            return
+        pieces = [file.read()] if not (marked or alone) else _cut(file, SEPARATOR)
+        if alone and not marked:
+            pieces = _passages(_cut(file, "\n\n"))
+        yield from ((f"{label}:{i}", piece) for i, piece in enumerate(pieces))
 
 
-def _passages(text: str) -> Iterator[str]:
-    """Cut at blank lines into passages of `PASSAGE` characters or more; the last may be less."""
+def _marked(path: Path) -> bool:
+    """Read a file through; say whether it is a .txt file with marks between its documents."""
+    found, end = False, ""
+    with path.open(encoding="utf-8") as file:
+        while part := file.read(AT_ONCE):
+            found = found or SEPARATOR in end + part
+            end = part[-len(SEPARATOR) :]
+    return found and path.suffix == ".txt"
+
+
+def _cut(file: TextIO, mark: str) -> Iterator[str]:
+    """Yield what stands between the marks, as `file.read().split(mark)`."""
     held = ""
-    for paragraph in text.split("\n\n"):
+    while part := file.read(AT_ONCE):
+        *done, held = (held + part).split(mark)
+        yield from done
+    yield held
+
+
+def _passages(paragraphs: Iterable[str]) -> Iterator[str]:
+    """Join paragraphs to passages of `PASSAGE` characters or more; the last may be less."""
+    held = ""
+    for paragraph in paragraphs:
         held += paragraph + "\n\n"
         if len(held) >= PASSAGE:
             yield held

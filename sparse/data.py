@@ -11,6 +11,7 @@ import hashlib
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,10 +22,11 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .corpus import Corpus, is_validation, load_corpus, text_of
+from .corpus import Corpus, is_validation, load_corpus, stream_corpus, text_of
 from .files import replace_files
 
-__all__ = ["Batches", "Corpus", "StreamingBatches", "load_corpus", "pack"]
+__all__ = ["Batches", "Corpus", "StreamingBatches", "first_blocks", "load_corpus", "pack"]
+__all__ += ["stream_corpus"]
 
 
 def pack(
@@ -284,3 +286,26 @@ class StreamingBatches:
         if hasattr(self.rows, "set_epoch"):
             self.rows.set_epoch(self.epoch)
         self.rows.load_state_dict(state["rows"])
+
+
+def first_blocks(
+    rows: Iterable[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    n: int,
+    part: Literal["train", "validation", "all"] = "validation",
+    **fields: Any,
+) -> Int[Tensor, "block pos"]:
+    """Return the first `n` blocks of a part of a stream, fewer where the rows end before.
+
+    No row is read beyond them; `fields` are those of `StreamingBatches`. Raises ValueError if there
+    is not one full block.
+    """
+    stream = StreamingBatches(rows, tokenizer, length, 1, part=part, **fields)
+    blocks = list(takewhile(lambda _: stream.epoch == 0, islice(stream, n)))
+    if not blocks:
+        raise ValueError(
+            f"first_blocks: the documents of part {part!r} hold fewer than one block of {length} "
+            "tokens; give more text or a smaller length"
+        )
+    return torch.cat(blocks)

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from sparse.corpus import Corpus, is_validation, load_corpus, open_dataset
+from sparse.corpus import Corpus, Documents, is_validation, load_corpus, open_dataset, stream_corpus
 
 
 def write(folder, texts, suffix=".txt"):
@@ -106,6 +106,64 @@ def test_a_jsonl_file_gives_its_rows_and_documents_keeps_the_first(tmp_path):
     path.write_text("[1, 2]\n")
     with pytest.raises(ValueError, match="not a JSON object"):
         load_corpus(path)
+
+
+def test_a_stream_of_files_gives_the_documents_of_the_corpus_in_the_same_order(
+    tmp_path, monkeypatch
+):
+    folder = write(tmp_path / "a", numbered(120))
+    write(folder, {"b": "one<|endoftext|>two\n\n<|endoftext|>", "c": "# only\n\nhead"}, ".txt")
+    (folder / "rows.jsonl").write_text('{"text": "\\u00e9 row"}\r\n\n{"text": "row two"}', "utf-8")
+    (folder / "broken.txt").write_bytes(b"fine at first " * 9 + b"\xff")
+    book = tmp_path / "b.txt"
+    book.write_text("\n\n".join(f"paragraph {i}\n" + "word " * 100 for i in range(60)))
+    for at_once in (7, 1 << 20):  # what is read at a time cuts nothing
+        monkeypatch.setattr("sparse.corpus.AT_ONCE", at_once)
+        for source in (folder, book):
+            rows = [row["text"] for row in stream_corpus(source)]
+            corpus = load_corpus(source)
+            full = [text for text in rows if text.strip()]
+            assert [text for text in full if not is_validation(text)] == corpus.train
+            assert [text for text in full if is_validation(text)] == corpus.validation
+    assert "".join(rows) == book.read_text() + "\n\n"
+    assert {"one", "two\n\n", "é row", "row two"} <= {r["text"] for r in stream_corpus(folder)}
+
+
+def test_a_stream_of_files_reads_no_further_than_it_was_asked(tmp_path, monkeypatch):
+    folder = write(tmp_path / "a", numbered(5))
+    lines = "".join(json.dumps({"text": f"row {i}"}) + "\n" for i in range(1000))
+    (folder / "002a.jsonl").write_text(lines)
+    opened, real = [], type(folder).open
+    monkeypatch.setattr(
+        type(folder),
+        "open",
+        lambda path, *a, **kw: opened.append(path.name) or real(path, *a, **kw),
+    )
+    rows = iter(stream_corpus(folder))
+    assert [next(rows)["text"] for _ in range(5)][3:] == ["row 0", "row 1"]
+    assert set(opened) == {"000.txt", "001.txt", "002.txt", "002a.jsonl"}
+
+
+def test_a_stream_of_files_continues_at_any_document_and_names_a_file_that_is_gone(tmp_path):
+    folder = write(tmp_path / "a", numbered(3))
+    (folder / "001a.txt").write_text("one<|endoftext|>two<|endoftext|>three")
+    whole = [row["text"] for row in stream_corpus(folder)]
+    assert len(whole) == 6
+    for n in range(7):
+        rows = stream_corpus(folder)
+        reader = iter(rows)
+        seen = [next(reader)["text"] for _ in range(n)]
+        state = json.loads(json.dumps(rows.state_dict()))
+        again = stream_corpus(folder)
+        again.load_state_dict(state)
+        assert seen + [row["text"] for row in again] == whole
+        assert [row["text"] for row in again] == whole  # and begins anew
+    rows = stream_corpus(folder)
+    next(iter(rows))
+    (folder / "000.txt").unlink()
+    with pytest.raises(ValueError, match="continues in 000.txt, which is not among the 3 files"):
+        stream_corpus(folder).load_state_dict(rows.state_dict())
+    assert isinstance(rows, Documents)
 
 
 def test_bad_sources_say_what_is_wrong_and_what_to_do(tmp_path):

@@ -8,8 +8,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from sparse.corpus import is_validation
-from sparse.data import Batches, StreamingBatches, pack
+from sparse.corpus import is_validation, load_corpus, stream_corpus
+from sparse.data import Batches, StreamingBatches, first_blocks, pack
 
 
 def byte_tokenizer(eos="<eos>"):
@@ -256,3 +256,34 @@ def test_a_stream_refuses_what_it_could_not_resume_or_fill():
         StreamingBatches(Rows(TEXTS), tokenizer, 16, 0)
     with pytest.raises(ValueError, match="no end-of-text token"):
         StreamingBatches(Rows(TEXTS), byte_tokenizer(eos=""), 16, 4)
+
+
+def write_files(folder):
+    """TEXTS as rows of two .jsonl files and documents of a .txt file."""
+    for i, name in enumerate(("a", "c")):
+        lines = (json.dumps({"text": text}) for text in TEXTS[15 * i : 15 * i + 15])
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    (folder / "b.txt").write_text("<|endoftext|>".join(TEXTS[30:45]))
+    return folder
+
+
+def test_a_stream_of_files_holds_the_tokens_that_packing_gives_and_resumes(tmp_path):
+    folder, tokenizer = write_files(tmp_path), byte_tokenizer()
+    stream = StreamingBatches(stream_corpus(folder), tokenizer, 16, 2)
+    blocks = pack(load_corpus(folder).train, tokenizer, 16)
+    n = len(blocks) // 2
+    assert torch.equal(take(stream, n).flatten(0, 1), blocks[: 2 * n])
+    assert check_resumes(lambda: stream_corpus(folder))
+
+
+def test_first_blocks_are_those_of_packing_and_end_with_the_text(tmp_path):
+    folder, tokenizer = write_files(tmp_path), byte_tokenizer()
+    corpus = load_corpus(folder)
+    for part, texts in (("train", corpus.train), ("validation", corpus.validation)):
+        want = pack(texts, tokenizer, 8)
+        rows = stream_corpus(folder)
+        assert torch.equal(first_blocks(rows, tokenizer, 8, 2, part), want[:2])
+        assert rows.file < 2  # what comes after was not read
+        assert torch.equal(first_blocks(stream_corpus(folder), tokenizer, 8, 9999, part), want)
+    with pytest.raises(ValueError, match="part 'validation' hold fewer than one block of 5000"):
+        first_blocks(stream_corpus(folder), tokenizer, 5000, 1)

@@ -69,11 +69,34 @@ class JoinedPasses:
         for s in range(self.n_sites):
             if s and len(z):
                 z = self._step(s - 1, z, call)
-            seen.append(z[:n])
             if s in entries:
-                z = torch.cat([z, entries[s]]) if len(z) else entries[s]
+                first, z = _Joined.apply(z, n, entries[s])  # pyright: ignore
+            else:
+                first = z if len(z) == n else z[:n].clone()
+            seen.append(first)
         ends = z.split([n, *(len(entries[s]) for s in sites)])
         return seen, dict(zip(sites, ends[1:], strict=True))
+
+
+class _Joined(torch.autograd.Function):
+    """[z; entry], and the first n rows of z copied: a view of them would keep all of z alive."""
+
+    @staticmethod
+    def forward(ctx, z: Tensor, n: int, entry: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.sizes = n, len(z), len(entry)
+        ctx.set_materialize_grads(False)
+        return z[:n].clone(), torch.cat([z, entry])
+
+    @staticmethod
+    def backward(ctx, first, joined):  # pyright: ignore[reportIncompatibleMethodOverride]
+        n, n_z, n_entry = ctx.sizes
+        if joined is None:
+            assert first is not None
+            joined = first.new_zeros(n_z + n_entry, *first.shape[1:])
+        z, entry = joined.split([n_z, n_entry])
+        if first is not None:
+            z = torch.cat([z[:n] + first, z[n:]])
+        return z, None, entry
 
 
 def _check(

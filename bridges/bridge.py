@@ -5,7 +5,9 @@
 
 mu_s is the mean and sigma_s the root mean square about it (one number per site) of the dense
 residual, taken from data once at the start: dense sites differ in scale tenfold, and without it
-the decoders do not converge (Gao et al. 2025, section 3.3; method.md 3.2 and 12).
+the decoders do not converge (Gao et al. 2025, section 3.3; method.md 3.2 and 12). s is a site of
+the dense model, by which a bridge is known; z is the sparse residual at the sparse site it is
+bridged to (`BridgeConfig`).
 """
 
 from __future__ import annotations
@@ -13,110 +15,118 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from sparse.activation import abs_topk
 from sparse.checkpoint import read_folder, write_folder
 
 from .losses import Moments
-
-
-@runtime_checkable
-class ResidualModel(Protocol):
-    """A language model whose residual stream can be read at every site and taken up again.
-
-    `DenseModel` and `SparseGPT` are two; their docstrings say what each method returns.
-    """
-
-    @property
-    def n_sites(self) -> int: ...
-
-    @property
-    def d_resid(self) -> int: ...
-
-    @property
-    def vocab_size(self) -> int: ...
-
-    def residuals(
-        self, ids: Int[Tensor, "batch pos"], attention_mask: Tensor | None = None
-    ) -> list[Tensor]: ...
-
-    def resume(
-        self,
-        site: int,
-        h: Float[Tensor, "batch pos d_resid"],
-        ids: Int[Tensor, "batch pos"],
-        attention_mask: Tensor | None = None,
-    ) -> Float[Tensor, "batch pos vocab"]: ...
-
-    def joined(
-        self,
-        entries: Mapping[int, Float[Tensor, "_ _ d_resid"]],
-        ids: Mapping[int, Int[Tensor, "_ _"]],
-    ) -> dict[int, Float[Tensor, "_ _ d_resid"]]: ...
-
-    def unembed(
-        self, h: Float[Tensor, "*any d_resid"], ids: Int[Tensor, "*any"]
-    ) -> Float[Tensor, "*any vocab"]: ...
-
-
-@runtime_checkable
-class FrozenModel(ResidualModel, Protocol):
-    """A `ResidualModel` beside the training: `DenseModel`."""
-
-    model: Any
-    """The module inside, which can be moved to a device."""
-
-    @property
-    def fingerprint(self) -> str: ...
+from .models import ResidualModel, fingerprint
+from .sitemap import even_sites
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BridgeConfig:
-    """The shape of one bridge set. Saved next to the weights and checked on load."""
+    """The shape of one bridge set: which dense site is bridged to which sparse one, and widths.
+
+    A site is a place in a model's residual stream, counted from 0 in depth order by that model
+    alone: 0 is after the embeddings, the last is before the final norm. With L layers there are
+    2L+1 (2i+1 after attention i, 2i+2 after MLP i), or L+1 where a dense model has no stream
+    between attention and MLP (i+1 after block i). The two models may number theirs differently:
+
+        dense, 4 layers     0  1  2  3  4  5  6  7  8        sites        = (0, 2, 4, 6, 8)
+        sparse, 2 layers    0     1     2     3     4        sparse_sites = (0, 1, 2, 3, 4)
+
+    Bridge i joins dense site sites[i] and sparse site sparse_sites[i]. It is known by its dense
+    site: `encode(4, h)` takes the dense residual at site 4 to sparse site 2. Saved next to the
+    weights and checked on load.
+    """
 
     d_dense: int
     """Width of the dense model's residual stream."""
     d_sparse: int
     """Width of the sparse model's residual stream."""
-    n_sites: int
-    """Residual sites of either model, in depth order."""
+    n_dense_sites: int
+    """Residual sites of the dense model."""
+    n_sparse_sites: int
+    """Residual sites of the sparse model."""
     k: int
     """Entries an encoder keeps in each sparse vector, 1..d_sparse."""
     sites: tuple[int, ...] = ()
-    """The bridged sites in ascending order; all of them when not given."""
+    """The bridged dense sites in ascending order. By default as many as the model with fewer sites
+    has, spread evenly over the other's (`even_sites`): all of both where they have equally many."""
+    sparse_sites: tuple[int, ...] = ()
+    """The sparse site of each, ascending too, so that no two bridges share one. By default the
+    partners that `even_sites` gives: the same sites where both models have equally many."""
 
     def __post_init__(self) -> None:
-        for name in ("d_dense", "d_sparse", "n_sites"):
+        for name in ("d_dense", "d_sparse", "n_dense_sites", "n_sparse_sites"):
             if getattr(self, name) < 1:
                 raise ValueError(f"BridgeConfig.{name}={getattr(self, name)} must be at least 1")
         if not 1 <= self.k <= self.d_sparse:
             raise ValueError(f"BridgeConfig.k={self.k} is outside 1..d_sparse={self.d_sparse}")
-        sites = tuple(self.sites) or tuple(range(self.n_sites))
-        if list(sites) != sorted(set(sites)) or not 0 <= sites[0] <= sites[-1] < self.n_sites:
+        sites, sparse_sites = tuple(self.sites), tuple(self.sparse_sites)
+        if not sparse_sites:
+            even = even_sites(self.n_dense_sites, self.n_sparse_sites)
+            sites = sites or tuple(even)
+            _check_sites("sites", sites, self.n_dense_sites)
+            if alone := [s for s in sites if s not in even]:
+                raise ValueError(
+                    f"BridgeConfig.sites={sites}: dense sites {alone} have no partner in the even "
+                    f"map {even} (dense: sparse); name theirs too, as sparse_sites or in a dict"
+                )
+            sparse_sites = tuple(even[s] for s in sites)
+        _check_sites("sites", sites, self.n_dense_sites)
+        _check_sites("sparse_sites", sparse_sites, self.n_sparse_sites)
+        if len(sites) != len(sparse_sites):
             raise ValueError(
-                f"BridgeConfig.sites={sites} must ascend within 0..{self.n_sites - 1}, "
-                "each site once"
+                f"BridgeConfig: {len(sites)} sites {sites} but {len(sparse_sites)} sparse_sites "
+                f"{sparse_sites}; give every dense site one sparse site"
             )
         object.__setattr__(self, "sites", sites)
+        object.__setattr__(self, "sparse_sites", sparse_sites)
+
+    @property
+    def pairs(self) -> dict[int, int]:
+        """The bridges as {dense site: sparse site}, ascending."""
+        return dict(zip(self.sites, self.sparse_sites, strict=True))
 
     @classmethod
     def between(
-        cls, dense: ResidualModel, sparse: ResidualModel, k: int, sites: tuple[int, ...] = ()
+        cls,
+        dense: ResidualModel,
+        sparse: ResidualModel,
+        k: int,
+        sites: Mapping[int, int] | tuple[int, ...] = (),
+        sparse_sites: tuple[int, ...] = (),
     ) -> BridgeConfig:
-        """Return the config for bridges between two models of equally many sites."""
-        if dense.n_sites != sparse.n_sites:
-            raise ValueError(
-                f"the dense model has {dense.n_sites} sites and the sparse one {sparse.n_sites}; "
-                "bridges need equally many: build the sparse model with the dense one's depth "
-                "(2L+1 sites for L layers; a dense model without mid sites has L+1)"
-            )
-        widths = {"d_dense": dense.d_resid, "d_sparse": sparse.d_resid}
-        return cls(**widths, n_sites=dense.n_sites, k=k, sites=sites)
+        """Return the config for bridges between two models, of whatever depths and widths.
+
+        `sites` is a map {dense site: sparse site}, such as {0: 0, 4: 2, 8: 4} or what `fit_sites`
+        found; or the dense sites alone, whose partners are `sparse_sites` or, without these, those
+        of the even map.
+        """
+        if isinstance(sites, Mapping):
+            if sparse_sites:
+                raise ValueError(
+                    f"BridgeConfig.between: sites={dict(sites)} names the sparse sites already; "
+                    "leave sparse_sites out"
+                )
+            pairs = sorted(sites.items())
+            sites, sparse_sites = tuple(d for d, _ in pairs), tuple(s for _, s in pairs)
+        return cls(
+            d_dense=dense.d_resid,
+            d_sparse=sparse.d_resid,
+            n_dense_sites=dense.n_sites,
+            n_sparse_sites=sparse.n_sites,
+            k=k,
+            sites=sites,
+            sparse_sites=sparse_sites,
+        )
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> BridgeConfig:
@@ -124,11 +134,19 @@ class BridgeConfig:
         known = {f.name for f in fields(cls)}
         if extra := sorted(values.keys() - known):
             raise ValueError(f"{cls.__name__} has no field {extra}; it has {sorted(known)}")
-        return cls(**{**values, "sites": tuple(values.get("sites", ()))})
+        lists = {name: tuple(values.get(name, ())) for name in ("sites", "sparse_sites")}
+        return cls(**{**values, **lists})
+
+
+def _check_sites(name: str, sites: tuple[int, ...], n: int) -> None:
+    if list(sites) != sorted(set(sites)) or not sites or not 0 <= sites[0] <= sites[-1] < n:
+        raise ValueError(
+            f"BridgeConfig.{name}={sites} must ascend within 0..{n - 1}, each site once"
+        )
 
 
 class BridgeSet(nn.Module):
-    """An encoder and a decoder at every bridged site."""
+    """An encoder and a decoder for every bridge; methods name a bridge by its dense site."""
 
     def __init__(self, config: BridgeConfig, seed: int = 0) -> None:
         """E ~ N(0, 0.09/d_dense), D ~ N(0, 1/d_sparse), biases 0, mu = 0, sigma = 1."""
@@ -150,17 +168,21 @@ class BridgeSet(nn.Module):
         self.register_buffer("scale", torch.ones(n))
 
     def index(self, site: int) -> int:
-        """Return the place of `site` among the bridged ones."""
+        """Return the place of dense `site` among the bridged ones."""
         if site not in self.config.sites:
             raise ValueError(
-                f"site {site} is not bridged; the bridged sites are {list(self.config.sites)}"
+                f"site {site} is not bridged; the bridged sites of the dense model are "
+                f"{list(self.config.sites)}"
             )
         return self.config.sites.index(site)
 
     def encode(
         self, site: int, h: Float[Tensor, "*batch d_dense"]
     ) -> Float[Tensor, "*batch d_sparse"]:
-        """Return the sparse residual, k of its entries nonzero, that stands for dense `h`."""
+        """Return the sparse residual, k of its entries nonzero, that stands for dense `h`.
+
+        It belongs to the sparse site `config.pairs[site]`.
+        """
         i = self.index(site)
         x = (h - self.mean[i]) / self.scale[i]
         return abs_topk(self.encoders[i](x), self.config.k)
@@ -181,7 +203,7 @@ class BridgeSet(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, residuals: Sequence[Float[Tensor, "batch pos d_dense"]]) -> None:
-        """Set mu_s and sigma_s from the dense residuals at every site."""
+        """Set mu_s and sigma_s from the dense residuals at every dense site, bridged or not."""
         self.centre([Moments.of(h) for h in residuals])
 
     @torch.no_grad()
@@ -195,11 +217,14 @@ class BridgeSet(nn.Module):
     def check(self, dense: ResidualModel, sparse: ResidualModel) -> None:
         """Raise unless these bridges fit between, and belong to, `dense` and `sparse`."""
         c = self.config
-        for side, model, width in (("dense", dense, c.d_dense), ("sparse", sparse, c.d_sparse)):
-            if (model.n_sites, model.d_resid) != (c.n_sites, width):
+        for side, model, n, width in (
+            ("dense", dense, c.n_dense_sites, c.d_dense),
+            ("sparse", sparse, c.n_sparse_sites, c.d_sparse),
+        ):
+            if (model.n_sites, model.d_resid) != (n, width):
                 raise ValueError(
                     f"the {side} model has {model.n_sites} sites of width {model.d_resid}, but "
-                    f"these bridges were made for {c.n_sites} sites of width {width}; load the "
+                    f"these bridges were made for {n} sites of width {width}; load the "
                     f"{side} model they were trained with, or train new ones"
                 )
         mine = (
@@ -237,9 +262,3 @@ class BridgeSet(nn.Module):
                 "restore the folder, or train again"
             ) from error
         return bridges
-
-
-def fingerprint(model: ResidualModel) -> str:
-    """Return a model's own fingerprint, whether it offers it as a method or a property."""
-    mark: Any = model.fingerprint  # pyright: ignore[reportAttributeAccessIssue]
-    return str(mark() if callable(mark) else mark)

@@ -1,6 +1,6 @@
 """What moving nodes of the sparse model changes in its residual stream.
 
-    dz_s = z'_s - z_s       at every site s: z from a clean run, z' with the nodes held or replaced
+    dz_s = z'_s - z_s    at every sparse site s: z clean, z' with the nodes held or replaced
 
 One clean and one changed run give every site; a counterfactual costs a third, for its node values.
 """

@@ -17,9 +17,10 @@ from sparse.model import SparseGPT
 from sparse.project import budgets, check_budgets, project_model_
 from sparse.train import BatchSource, Group, accelerator_for, fit, warmup_decay
 
-from .bridge import BridgeSet, FrozenModel, ResidualModel, fingerprint
+from .bridge import BridgeSet
 from .hybrid import draw_positions, draw_sites, run_passes, score_passes
 from .losses import Moments, Normalised, Scored, moments_of, nmse, of_all_processes
+from .models import FrozenModel, ResidualModel, fingerprint
 from .settings import CotrainConfig, Weights
 
 
@@ -45,25 +46,27 @@ def losses(
         up       mean over sites of KL(dense || sparse resumed from encode(h))
         down     mean over sites of KL(dense || dense resumed from decode(z))
 
-    Gao et al. 2025, section 3.3; gradient flow of method.md 3.4: the dense model is frozen, its
-    residuals and logits are constants, but its tails pass gradients to the decoders. With `drawn`
-    every sequence is resumed at its own sites only, with `positions` the hybrid KLs are taken at
-    those only; both without bias. Nats per token for ce, kl, up and down. A term of weight 0 is 0
-    and costs nothing. Where `processes` train together, each with its own rows, the mean of their
-    losses, and of the gradients, is that of all rows. So it is where `ids` is one of several equal
-    parts of a batch and `whole` holds the moments of all of it (`Cotraining.of_whole`).
+    h is at a bridge's dense site and z at its sparse site, where the passes resume too. Gao et al.
+    2025, section 3.3; gradient flow of method.md 3.4: the dense model is frozen, its residuals and
+    logits are constants, but its tails pass gradients to the decoders. With `drawn` every sequence
+    is resumed at its own sites only, with `positions` the hybrid KLs are taken at those only; both
+    without bias. Nats per token for ce, kl, up and down. A term of weight 0 is 0 and costs nothing.
+    Where `processes` train together, each with its own rows, the mean of their losses, and of the
+    gradients, is that of all rows. So it is where `ids` is one of several equal parts of a batch
+    and `whole` holds the moments of all of it (`Cotraining.of_whole`).
     """
-    sites = bridges.config.sites
+    pairs = bridges.config.pairs
     run = run_passes(dense, sparse, bridges, ids, drawn, hybrid=w.hybrid > 0)
     scored = score_passes(dense, sparse, run, ids, (w.ce, w.kl, w.hybrid), positions)
     zero = ids.new_zeros((), dtype=torch.float32)
     none = Scored(zero, zero, zero[None])
     encode = decode = zero
     if w.nmse:
-        z, h, up, down = ([x[s] for s in sites] for x in (run.z, run.h, run.up, run.down))
+        h, up, down = ([x[s] for s in pairs] for x in (run.h, run.up, run.down))
+        z = [run.z[t] for t in pairs.values()]
         fixed = [x.detach() for x in z]
         if not decoder_trains_trunk:
-            down = [bridges.decode(s, x) for s, x in zip(sites, fixed, strict=True)]
+            down = [bridges.decode(s, x) for s, x in zip(pairs, fixed, strict=True)]
         below = whole or moments_of([*z, *h], processes)
         share = below[0].n / ids.numel()  # numerators of all parts are summed, gradients averaged
 
@@ -71,7 +74,7 @@ def losses(
             each = (nmse(*pair, normalised) for pair in zip(x, target, of, strict=True))
             return w.nmse * share * torch.stack(list(each)).mean()
 
-        encode, decode = error(up, fixed, below[: len(sites)]), error(down, h, below[len(sites) :])
+        encode, decode = error(up, fixed, below[: len(pairs)]), error(down, h, below[len(pairs) :])
     return {
         "ce": scored.get("main", none).ce,
         "kl": scored.get("main", none).kl,
@@ -148,11 +151,12 @@ class Cotraining(nn.Module):
         world, n = _world()[0], len(parts)
         if not self.config.weights.nmse:
             return [Part(i, n, None) for i in range(n)]
-        sites, seen = self.bridges.config.sites, []
+        config, seen = self.bridges.config, []
         for ids in parts:
             with csr_products(self.sparse, WORTH_REBUILDING):
                 z, h = self.sparse.residuals(ids), self.dense.residuals(ids)
-            seen.append([Moments.of(x[s]) for x in (z, h) for s in sites])
+            bridged = [z[t] for t in config.sparse_sites] + [h[s] for s in config.sites]
+            seen.append(list(map(Moments.of, bridged)))
         mine = [reduce(Moments.join, of_parts) for of_parts in zip(*seen, strict=True)]
         whole = of_all_processes(mine, world)
         return [Part(i, n, whole) for i in range(n)]
@@ -272,10 +276,10 @@ def validate(
     validation: Sequence[Int[Tensor, "batch pos"]],
     device: torch.device | str = "cpu",
 ) -> dict[str, float]:
-    """Return the unweighted terms over `validation`, at all sites, and per site where it has one.
+    """Return the unweighted terms over `validation`, at all bridges, and for each where it has one.
 
     Keys: ce, ce_dense, kl (nats per token); encode.s, decode.s (fraction of variance, NMSE);
-    up.s, down.s (nats per token), and the means of the four over sites.
+    up.s, down.s (nats per token), s the bridge's dense site, and the means of the four over sites.
     """
     sums: dict[str, float] = {}
     n = 0
@@ -292,16 +296,16 @@ def validate(
 def _measure(
     dense: ResidualModel, sparse: SparseGPT, bridges: BridgeSet, ids: Tensor
 ) -> dict[str, Tensor]:
-    run, sites = run_passes(dense, sparse, bridges, ids), bridges.config.sites
+    run, pairs = run_passes(dense, sparse, bridges, ids), bridges.config.pairs
     scored = score_passes(dense, sparse, run, ids, (1.0, 1.0, 1.0), with_dense=True)
     out = {"ce": scored["main"].ce, "ce_dense": scored["dense"].ce, "kl": scored["main"].kl}
     per_site = {
-        "encode": [nmse(run.up[s], run.z[s]) for s in sites],
-        "decode": [nmse(run.down[s], run.h[s]) for s in sites],
+        "encode": [nmse(run.up[s], run.z[t]) for s, t in pairs.items()],
+        "decode": [nmse(run.down[s], run.h[s]) for s in pairs],
         "up": list(scored["up"].per_stream),
         "down": list(scored["down"].per_stream),
     }
     for name, values in per_site.items():
         out[name] = torch.stack(values).mean()
-        out |= {f"{name}.{s}": value for s, value in zip(sites, values, strict=True)}
+        out |= {f"{name}.{s}": value for s, value in zip(pairs, values, strict=True)}
     return out

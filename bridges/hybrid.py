@@ -1,11 +1,13 @@
 """Hybrid passes: run one model up to a site, cross the bridge, run the other model from there.
 
-    dense to sparse at s:   KL( dense(ids) || sparse resumed at s from encode_s(h_s) )
-    sparse to dense at s:   KL( dense(ids) || dense resumed at s from decode_s(z_s) )
+    dense to sparse at s:   KL( dense(ids) || sparse resumed at t from encode_s(h_s) )
+    sparse to dense at s:   KL( dense(ids) || dense resumed at s from decode_s(z_t) )
 
-Both in nats per token (Gao et al. 2025, section 3.3, L_KL). The passes of all sites are one pass of
-a batch that grows: the rows of site s enter there and stay to the end (method.md 3.5 a and d). Here
-is what enters where, and what is left out at random without moving the mean.
+Bridge s joins dense site s and sparse site t = pairs[s] (`BridgeConfig`), which is s where the
+models are equally deep. Both in nats per token (Gao et al. 2025, section 3.3, L_KL). The passes of
+all sites are one pass of a batch that grows: the rows of site s enter there and stay to the end
+(method.md 3.5 a and d). Here is what enters where, and what is left out at random without moving
+the mean.
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ from torch import Tensor
 
 from sparse.model import SparseGPT
 
-from .bridge import BridgeSet, ResidualModel
+from .bridge import BridgeSet
 from .losses import Ending, Scored, score_endings
+from .models import ResidualModel
 
 
 def _generator(*key: object) -> torch.Generator:
@@ -65,16 +68,16 @@ def drawn_first(positions: Int[Tensor, "batch drawn"], n_pos: int) -> Int[Tensor
 
 
 class Passes(NamedTuple):
-    """The residuals of a co-training step, by site, and where the hybrid passes ended."""
+    """The residuals of a co-training step and where the hybrid passes ended."""
 
     h: list[Float[Tensor, "batch pos d_dense"]]
-    """Of the dense model, constants."""
+    """Of the dense model at every dense site, constants."""
     z: list[Float[Tensor, "batch pos d_sparse"]]
-    """Of the sparse model."""
+    """Of the sparse model at every sparse site."""
     up: dict[int, Float[Tensor, "batch pos d_sparse"]]
-    """Encoded h."""
+    """Encoded h, by the dense site of the bridge: up[s] stands for z[pairs[s]]."""
     down: dict[int, Float[Tensor, "batch pos d_dense"]]
-    """Decoded z."""
+    """Decoded z, by the dense site of the bridge: down[s] stands for h[s]."""
     ends: (
         tuple[Float[Tensor, "stream token d_sparse"], Float[Tensor, "stream token d_dense"]] | None
     )
@@ -92,27 +95,31 @@ def run_passes(
 ) -> Passes:
     """Run both models on `ids` and, if `hybrid`, on from every bridged site across the bridge.
 
-    With `drawn`, sequence b enters at its own sites drawn[b] only. One pass through the dense model
-    without gradient; one through the sparse model, which the encoded rows join; one through the
-    dense model of the decoded rows.
+    With `drawn`, sequence b crosses at its own bridges drawn[b] only (dense sites). One pass
+    through the dense model without gradient; one through the sparse model, which the encoded rows
+    join; one through the dense model of the decoded rows.
     """
-    sites = bridges.config.sites
+    pairs = bridges.config.pairs  # dense site to sparse site
     with torch.no_grad():
         h = dense.residuals(ids)
-    up = {s: bridges.encode(s, h[s]) for s in sites}
+    up = {s: bridges.encode(s, h[s]) for s in pairs}
     if not hybrid:
         z = sparse.residuals(ids)
-        return Passes(h, z, up, {s: bridges.decode(s, z[s]) for s in sites}, None)
-    rows: dict[int, Any] = dict.fromkeys(sites, slice(None))
+        return Passes(h, z, up, {s: bridges.decode(s, z[t]) for s, t in pairs.items()}, None)
+    rows: dict[int, Any] = dict.fromkeys(pairs, slice(None))
     if drawn is not None:
-        rows = {s: (drawn == s).nonzero()[:, 0].to(ids.device) for s in sites}
-    entered = {s: ids[rows[s]] for s in sites if drawn is None or len(rows[s])}
-    entries = {s: up[s][rows[s]] for s in sites}
-    z, to_sparse = sparse.residuals_and_joined(ids, {s: entries[s] for s in entered}, entered)
+        rows = {s: (drawn == s).nonzero()[:, 0].to(ids.device) for s in pairs}
+    entered = {s: ids[rows[s]] for s in pairs if drawn is None or len(rows[s])}
+    entries = {s: up[s][rows[s]] for s in pairs}
+    z, ended = sparse.residuals_and_joined(
+        ids,
+        {pairs[s]: entries[s] for s in entered},
+        {pairs[s]: own for s, own in entered.items()},
+    )
     # sites that nobody entered stay, without rows: their bridge's gradient is 0 and not missing
-    to_sparse = entries | to_sparse
-    down = {s: bridges.decode(s, z[s]) for s in sites}
-    entries = {s: down[s][rows[s]] for s in sites}
+    to_sparse = entries | {s: ended[pairs[s]] for s in entered}
+    down = {s: bridges.decode(s, z[t]) for s, t in pairs.items()}
+    entries = {s: down[s][rows[s]] for s in pairs}
     to_dense = entries | dense.joined({s: entries[s] for s in entered}, entered)
     return Passes(h, z, up, down, (as_streams(to_sparse, drawn), as_streams(to_dense, drawn)))
 

@@ -1,11 +1,12 @@
 """From a circuit in the sparse model to edits of the dense one.
 
 Delta transport (method.md 5.3), valid for every node and for whole circuits: run the sparse model
-clean and intervened, and at one site s add the decoded difference to the dense residual,
+clean and intervened, and at one dense site s add the decoded difference to the dense residual,
 
-    h_s <- h_s + strength * sigma_s D_s (z'_s - z_s)
+    h_s <- h_s + strength * sigma_s D_s (z'_t - z_t)        t the sparse site s is bridged to
 
-The decoder's bias and its reconstruction error cancel, so strength 0 is the untouched dense model.
+Every `site` here is one of the dense model. The decoder's bias and its reconstruction error cancel,
+so strength 0 is the untouched dense model.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from sparse.tasks import logit_difference
 
 from . import change
 from .bridge import BridgeSet
+from .directions import first_moved, node_edits, read_edits
 from .run import run_folder
 
 Nodes = Iterable[Node] | None
@@ -105,7 +107,8 @@ class DenseCircuit:
         """Return the dense logits with the nodes moved to their counterfactual values.
 
         `counterfactual_ids` has the shape and the padding of `ids`. mode "read" is the paper's rule
-        for residual read nodes (Appendix A.4): only the sublayer that reads them sees the change.
+        for residual read nodes (Appendix A.4): only the sublayer that reads them sees the change,
+        or the dense ones that answer it; the sparse site it reads must be bridged (see `edits`).
         """
         edits = self.steering_edits(
             ids, counterfactual_ids, nodes, site, strength, mode, attention_mask
@@ -155,7 +158,7 @@ class DenseCircuit:
 
         def delta(ids: Tensor, attention_mask: Tensor | None) -> Tensor:
             changes = change.ablated(self.sparse, ids, chosen, values, attention_mask)
-            return self.bridges.transport(s, changes[s])
+            return self._transport(s, changes)
 
         check_amount(strength, "strength")
         return [LiveEdit(site=s, compute=delta, amount=strength)]
@@ -184,7 +187,8 @@ class DenseCircuit:
                 "nodes= with read nodes only, or use mode='transport'"
             )
         changes = change.read(self.sparse, ids, counterfactual_ids, chosen, attention_mask)
-        return [edit for s, dz in changes.items() for edit in self._only_read(s, dz, strength)]
+        read = (read_edits(self.bridges, t, dz, strength) for t, dz in changes.items())
+        return [edit for edits in read for edit in edits]
 
     def interchange_edits(
         self,
@@ -203,7 +207,7 @@ class DenseCircuit:
         site: int | None = None,
         strength: Strength = 1.0,
     ) -> list[Edit]:
-        """Return what a change `delta` of the sparse residual at `site` adds to the dense one.
+        """Return what a change `delta` of the sparse residual bridged to `site` adds there.
 
         Gradients flow to `delta` and `strength`.
         """
@@ -222,7 +226,7 @@ class DenseCircuit:
         self._check_ids(ids, ids, attention_mask)
         s, chosen, values = self._site(site), self._chosen(nodes), self._ablation(kind)
         changes = change.ablated(self.sparse, ids, chosen, values, attention_mask)
-        return self.bridges.transport(s, changes[s])
+        return self._transport(s, changes)
 
     @torch.no_grad()
     def delta_steer(
@@ -237,7 +241,7 @@ class DenseCircuit:
         self._check_ids(ids, counterfactual_ids, attention_mask)
         s, chosen = self._site(site), self._chosen(nodes)
         changes = change.replaced(self.sparse, ids, counterfactual_ids, chosen, attention_mask)
-        return self.bridges.transport(s, changes[s])
+        return self._transport(s, changes)
 
     @torch.no_grad()
     def edits(self, node: Node) -> list[Edit]:
@@ -250,38 +254,41 @@ class DenseCircuit:
 
         (method.md 5.2 and 5.3, before AbsTopK chooses; a read is in units of the normalised stream
         times its root mean square, and its second edit takes it out of the stream again.) They act
-        at every position, generated ones too. Raises ValueError for q and k channels: they act
-        through attention scores, in no fixed direction.
+        at every position, generated ones too. These are sparse sites; where that of a write is not
+        bridged, the edit is at the first bridge after it, to which the stream carries the write.
+        A read needs the very site bridged, since at no other is the change what its sublayer
+        reads; it is taken out where the map puts the sparse site after it. Raises ValueError
+        where there is no such bridge, and for q and k channels: they act through attention
+        scores, in no fixed direction.
         """
         self.circuit.with_nodes([node], "checked")  # refuses a node that does not exist
-        location, i = node
-        site, gain = change.reads_at(self.sparse, location)
-        if location.endswith("act_in"):
-            unit = torch.zeros_like(gain)
-            unit[i] = 1 / gain[i]
-            return self._only_read(site, unit, 1.0, prompt_only=False)
-        unit = change.writes(self.sparse, location, i)
-        return [Edit(site=site + 1, direction=self.bridges.transport(site + 1, unit))]
+        return node_edits(self.sparse, self.bridges, node)
 
     def choose_site(self, split: str = "validation") -> DenseCircuit:
         """Return this circuit with the site at which steering moves the dense model most.
 
         Measured on a split of the task: the mean change of logit(counterfactual target) minus
-        logit(own target), in logits, at strength 1. The sparse model runs three times, the dense
-        one once for every bridged site and once untouched.
+        logit(own target), in logits, at strength 1. Candidates are the bridged sites whose sparse
+        site comes after a node of the circuit; nodes after it take no part there. The sparse model
+        runs three times, the dense one once for every candidate and once untouched.
         """
-        sites = [s for s in self.bridges.config.sites if s > 0]  # no node acts before site 0
+        pairs, chosen = self.bridges.config.pairs, self._chosen(None)
+        first = first_moved(chosen, self.sparse)
+        sites = [s for s, t in pairs.items() if t >= first]
         if not sites:
-            raise ValueError("only site 0 is bridged, where no node acts; bridge a later site")
+            raise ValueError(
+                f"the circuit acts from sparse site {first} on and the last bridged one is "
+                f"{max(pairs.values())}; bridge a later site"
+            )
         batch = self.circuit.task.batch(self.tokenizer, split).to(self.dense.device)
         ids, other = batch.ids, batch.counterfactual()
         self._check_ids(ids, other, None)
-        changes = change.replaced(self.sparse, ids, other, self._chosen(None))
+        changes = change.replaced(self.sparse, ids, other, chosen)
         before = logit_difference(batch.scored(self.dense.logits(ids)), batch)
         effects = {}
         with torch.no_grad():
             for s in sites:
-                moved = run_edited(self.dense, ids, self.transport_edits(changes[s], s))
+                moved = run_edited(self.dense, ids, self.transport_edits(changes[pairs[s]], s))
                 after = logit_difference(batch.scored(moved), batch)
                 effects[s] = float((before - after).mean())
         best = max(effects, key=effects.__getitem__)
@@ -337,14 +344,6 @@ class DenseCircuit:
         check_amount(strength, "strength")
         return Edit(site=self._site(site), direction=delta, amount=strength, prompt_only=True)
 
-    def _only_read(
-        self, site: int, dz: Tensor, strength: Strength, prompt_only: bool = True
-    ) -> list[Edit]:
-        """Edits that sublayer `site` reads and the stream after it does not carry."""
-        check_amount(strength, "strength")
-        direction = self.bridges.transport(site, dz)
-        both = ((site, strength), (site + 1, -strength))
-        return [
-            Edit(site=s, direction=direction, amount=amount, prompt_only=prompt_only)
-            for s, amount in both
-        ]
+    def _transport(self, site: int, changes: list[Tensor]) -> Tensor:
+        """What the sparse changes add at dense `site`: the one where it is bridged, decoded."""
+        return self.bridges.transport(site, changes[self.bridges.config.pairs[site]])

@@ -60,7 +60,9 @@ def build_sparse(seed=0, **fields):
 
 
 def build_identity(d, n_sites):
-    bridges = BridgeSet(BridgeConfig(d_dense=d, d_sparse=d, n_sites=n_sites, k=d))
+    bridges = BridgeSet(
+        BridgeConfig(d_dense=d, d_sparse=d, n_dense_sites=n_sites, n_sparse_sites=n_sites, k=d)
+    )
     with torch.no_grad():
         for layer in [*bridges.encoders, *bridges.decoders]:
             layer.weight.copy_(torch.eye(d))

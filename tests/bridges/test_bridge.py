@@ -4,7 +4,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bridges.bridge import BridgeConfig, BridgeSet, FrozenModel, ResidualModel, fingerprint
+from bridges.bridge import BridgeConfig, BridgeSet
+from bridges.models import FrozenModel, ResidualModel, fingerprint
 from sparse.activation import kept_reference
 
 
@@ -13,7 +14,8 @@ def random(*shape, seed=0):
 
 
 def shape(**fields):
-    return BridgeConfig(**(dict(d_dense=12, d_sparse=20, n_sites=5, k=7) | fields))
+    least = dict(d_dense=12, d_sparse=20, n_dense_sites=5, n_sparse_sites=5, k=7)
+    return BridgeConfig(**(least | fields))
 
 
 def stub(n_sites=5, d_resid=12, mark="a"):
@@ -66,7 +68,8 @@ def test_calibration_centres_every_site_and_makes_its_scale_one(dense, ids):
 
 
 def test_bridges_start_as_specified_and_by_the_seed_alone():
-    big = BridgeSet(BridgeConfig(d_dense=200, d_sparse=300, n_sites=2, k=5), seed=3)
+    wide = dict(d_dense=200, d_sparse=300, n_dense_sites=2, n_sparse_sites=2, k=5)
+    big = BridgeSet(BridgeConfig(**wide), seed=3)
     torch.manual_seed(77)  # the global generator has no say
     same = BridgeSet(big.config, seed=3)
     assert all(torch.equal(a, b) for a, b in zip(big.parameters(), same.parameters(), strict=True))
@@ -85,7 +88,7 @@ def test_a_subset_of_sites_is_addressed_by_site(dense, ids):
     assert torch.allclose(bridges.mean[1], residuals[4].mean((0, 1)))
     assert bridges.encode(4, residuals[4]).shape == (5, 6, 20) and len(bridges.decoders) == 2
     for call in (bridges.encode, bridges.decode, bridges.transport):
-        with pytest.raises(ValueError, match=r"site 2 is not bridged; .* are \[1, 4\]"):
+        with pytest.raises(ValueError, match=r"site 2 is not bridged; .* model are \[1, 4\]"):
             call(2, residuals[2])
 
 
@@ -145,12 +148,30 @@ def test_a_fingerprint_may_be_a_property_or_a_method(dense, sparse):
     assert fingerprint(sparse) == sparse.fingerprint()
 
 
-def test_between_takes_the_shape_from_the_models_and_refuses_other_depths(dense, sparse):
+def test_between_takes_the_shape_from_the_models(dense, sparse):
     config = BridgeConfig.between(dense, sparse, k=3, sites=(0, 2))
     assert config == shape(k=3, sites=(0, 2))
-    assert shape().sites == (0, 1, 2, 3, 4)
-    with pytest.raises(ValueError, match="5 sites and the sparse one 9; .*dense one's depth"):
-        BridgeConfig.between(dense, stub(n_sites=9), k=3)
+    assert shape().sites == shape().sparse_sites == (0, 1, 2, 3, 4)
+    other = BridgeConfig.between(dense, stub(n_sites=9, d_resid=20), k=7)
+    assert other == shape(n_sparse_sites=9, sites=(0, 1, 2, 3, 4), sparse_sites=(0, 2, 4, 6, 8))
+
+
+def test_a_map_may_be_a_dict_or_two_tuples_or_the_even_one_in_part(dense):
+    deep = stub(n_sites=9, d_resid=12)
+    given = {0: 0, 4: 2, 8: 4}
+    config = BridgeConfig.between(deep, dense, k=3, sites=given)
+    assert config.pairs == given
+    assert (config.sites, config.sparse_sites) == ((0, 4, 8), (0, 2, 4))
+    assert config == BridgeConfig.between(deep, dense, k=3, sites=dict(reversed(given.items())))
+    assert config == BridgeConfig.between(deep, dense, 3, (0, 4, 8), (0, 2, 4))
+    assert config == BridgeConfig.between(deep, dense, k=3, sites=(0, 4, 8))  # of the even map
+    assert BridgeConfig.between(deep, dense, k=3, sites={3: 2}).pairs == {3: 2}
+    with pytest.raises(
+        ValueError, match=r"dense sites \[3\] have no partner in the even map \{0: 0"
+    ):
+        BridgeConfig.between(deep, dense, k=3, sites=(0, 3))
+    with pytest.raises(ValueError, match="names the sparse sites already"):
+        BridgeConfig.between(deep, dense, k=3, sites=given, sparse_sites=(0, 1, 2))
 
 
 @pytest.mark.parametrize(
@@ -158,12 +179,21 @@ def test_between_takes_the_shape_from_the_models_and_refuses_other_depths(dense,
     [
         (dict(k=0), r"k=0 is outside 1\.\.d_sparse=20"),
         (dict(k=21), "k=21"),
-        (dict(n_sites=0), "n_sites=0 must be at least 1"),
+        (dict(n_dense_sites=0), "n_dense_sites=0 must be at least 1"),
+        (dict(n_sparse_sites=0), "n_sparse_sites=0 must be at least 1"),
         (dict(d_dense=0), "d_dense=0"),
         (dict(sites=(3, 1)), r"sites=\(3, 1\) must ascend within 0\.\.4"),
         (dict(sites=(1, 1)), "each site once"),
         (dict(sites=(0, 5)), "sites"),
         (dict(sites=(-1, 2)), "sites"),
+        (
+            dict(sites=(0, 2), sparse_sites=(0, 5)),
+            r"sparse_sites=\(0, 5\) must ascend within 0\.\.4",
+        ),
+        (dict(sites=(0, 2), sparse_sites=(1, 1)), "sparse_sites.* each site once"),
+        (dict(sites=(0, 2), sparse_sites=(3, 1)), "sparse_sites.* must ascend"),
+        (dict(sites=(0, 2), sparse_sites=(1,)), r"2 sites \(0, 2\) but 1 sparse_sites"),
+        (dict(sparse_sites=(1,)), r"BridgeConfig.sites=\(\) must ascend"),
     ],
 )
 def test_a_shape_that_cannot_be_is_refused(fields, words):
@@ -174,5 +204,5 @@ def test_a_shape_that_cannot_be_is_refused(fields, words):
 def test_a_config_survives_json():
     from dataclasses import asdict
 
-    config = shape(sites=(1, 3))
+    config = shape(n_dense_sites=9, sites=(1, 6), sparse_sites=(0, 3))
     assert BridgeConfig.from_dict(json.loads(json.dumps(asdict(config)))) == config

@@ -52,7 +52,9 @@ def batches():
 def at_site(bridges, site):
     """The same bridges, at one site only."""
     config = bridges.config
-    one = BridgeSet(BridgeConfig.from_dict(asdict(config) | {"sites": (site,)}))
+    one = BridgeSet(
+        BridgeConfig.from_dict(asdict(config) | {"sites": (site,), "sparse_sites": (site,)})
+    )
     one.encoders[0], one.decoders[0] = bridges.encoders[site], bridges.decoders[site]
     one.mean, one.scale = bridges.mean[site : site + 1], bridges.scale[site : site + 1]
     return one

@@ -36,6 +36,13 @@ def parse() -> argparse.Namespace:
     p.add_argument("--batch", type=int, help="sequences per step, over all processes")
     p.add_argument("--length", type=int, help="tokens per sequence")
     p.add_argument("--expansion", type=float, help="width of the twin over the dense width")
+    p.add_argument("--twin_layers", type=int, help="layers of the twin; default: the dense depth")
+    p.add_argument(
+        "--sites",
+        type=site_map,
+        default="even",
+        help="which dense residual site is bridged to which sparse one: even, or D:S,D:S,...",
+    )
     p.add_argument("--density", type=float, default=1 / 16, help="weights kept in the matrices")
     p.add_argument("--prune_steps", type=int, help="optimizer steps of the pruning")
     p.add_argument("--tasks", nargs="*", help="tasks to prune circuits for")
@@ -54,6 +61,7 @@ def parse() -> argparse.Namespace:
         "prune_steps": 0,
         "threads": 1,
         "processes": 1,
+        "twin_layers": 1,
     }.items():
         if (value := getattr(args, name)) is not None and value < least:
             p.error(f"--{name} {value} must be at least {least}")
@@ -63,6 +71,16 @@ def parse() -> argparse.Namespace:
     if Path(args.output_dir).is_file():
         p.error(f"--output_dir {args.output_dir} is a file; name a folder, there or to be made")
     return args
+
+
+def site_map(text: str) -> dict[int, int]:
+    """{dense site: sparse site} of D:S,D:S,...; empty, which is the even map, for "even"."""
+    if text == "even":
+        return {}
+    pairs = [[int(site) for site in pair.split(":")] for pair in text.split(",")]
+    if len({d for d, _ in pairs}) < len(pairs):
+        raise ValueError(text)
+    return {d: s for d, s in pairs}
 
 
 def main() -> None:
@@ -135,7 +153,7 @@ def design(args, dense):
             vocab_size=dense.vocab_size,
             hidden_size=width,
             intermediate_size=4 * width,
-            num_hidden_layers=dense.n_layers,
+            num_hidden_layers=args.twin_layers or dense.n_layers,
             num_attention_heads=width // 16,
             head_dim=16,
             max_position_embeddings=max(256, args.length),
@@ -156,7 +174,7 @@ def design(args, dense):
         sparsity=SparsityConfig(density=args.density, embedding_density=min(1, 4 * args.density)),
     )
     config.sparsity.check(sparse)
-    return sparse, config, BridgeConfig.between(dense, sparse, k=width // 4)
+    return sparse, config, BridgeConfig.between(dense, sparse, k=width // 4, sites=args.sites)
 
 
 def find_circuits(args, run, say) -> None:

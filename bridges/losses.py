@@ -164,14 +164,30 @@ def _sweep(
     rows = max(MIN_ROWS, CHUNK // vocab_size)
     step = max(1, rows // max(len(e.h) for e in endings))
     longest = max(e.h.shape[1] for e in endings)
+    rooms: list[Tensor] = []  # for p, and for what else is as large: fresh memory is slow
     for a in range(0, longest, step):
         b = min(a + step, longest)
-        log_p = log_probs(target.unembed(target.h[0, a:b], ids[a:b]))
+        logits = target.unembed(target.h[0, a:b], ids[a:b])
+        if not rooms:
+            dtype, size = torch.promote_types(logits.dtype, torch.float32), logits.numel()
+            widest = max(len(e.h) for e in endings)
+            rooms = [logits.new_empty(n * size, dtype=dtype) for n in (1, widest)]
+        log_p = _log_probs_in(rooms[1], logits)
+        p = torch.exp(log_p, out=rooms[0][: log_p.numel()].view_as(log_p))
+        p_log_p = torch.einsum("tv,tv->t", p, log_p)
+        del logits
         for tally in tallies:
-            for i, g in enumerate(tally.add(a, log_p, ids[a:b], labels[a:b], params)):
+            grads = tally.add(a, p, p_log_p, ids[a:b], labels[a:b], params, rooms[1])
+            for i, g in enumerate(grads):
                 mine = dparams[i]
                 dparams[i] = mine if g is None else g if mine is None else mine.add_(g)
-    return tallies, [*(t.dh for t in tallies), *dparams]
+    return tallies, [*(t.dh if t.forming else None for t in tallies), *dparams]
+
+
+def _log_probs_in(room: Tensor, logits: Tensor) -> Tensor:
+    """`log_probs`, written over the beginning of `room`."""
+    out = room[: logits.numel()].view(logits.shape)
+    return torch.log_softmax(logits, -1, dtype=out.dtype, out=out)
 
 
 class _Tally:
@@ -179,40 +195,52 @@ class _Tally:
 
     def __init__(self, end: Ending, labels: Tensor, scales: tuple[Any, Any] | None) -> None:
         n_streams, self.n = end.h.shape[:2]
-        self.end, self.scales = end, scales
+        self.end, self.forming = end, scales is not None
         dtype = torch.promote_types(end.h.dtype, torch.float32)
         self.kl = end.h.new_zeros(n_streams, dtype=dtype)
         self.ce = end.h.new_zeros((), dtype=dtype)
         self.n_labelled = n_streams * (labels[: self.n] >= 0).sum(dtype=dtype)
-        self.dh = None if scales is None else torch.zeros_like(end.h)
+        if scales is not None:
+            self.dh = torch.zeros_like(end.h)
+            self.c_kl = end.h.new_full((), end.kl / (n_streams * self.n), dtype=dtype) * scales[0]
+            self.c_ce = scales[1] * end.ce / self.n_labelled
 
     def add(
-        self, a: int, log_p: Tensor, ids: Tensor, labels: Tensor, params: list[Tensor]
+        self,
+        a: int,
+        p: Tensor,
+        p_log_p: Tensor,
+        ids: Tensor,
+        labels: Tensor,
+        params: list[Tensor],
+        room: Tensor,
     ) -> tuple[Tensor | None, ...]:
-        """Score the tokens from `a` on, whose target is `log_p`; return gradients of `params`."""
+        """Score the tokens from `a` on, whose target is `p`; return gradients of `params`.
+
+        `p_log_p` is sum_v p_v log p_v of every token; `room` is written over.
+        """
         e, m = self.end, min(len(ids), self.n - a)
         if m <= 0 or not (e.kl or e.ce):
             return ()
-        log_p, labels = log_p[:m], labels[:m]
+        p, labels = p[:m], labels[:m]
         h = e.h[:, a : a + m].detach().requires_grad_()
-        with torch.set_grad_enabled(self.scales is not None):
+        with torch.set_grad_enabled(self.forming):
             logits = e.unembed(h, ids[:m].expand(len(h), -1))  # stream token vocab
-        q, p = log_probs(logits.detach()), log_p.exp()
+        q = _log_probs_in(room, logits.detach())
         label = labels.clamp(min=0).expand(len(h), -1).unsqueeze(-1)
         labelled = (labels >= 0).to(q.dtype)
         if e.ce:
             self.ce -= (q.gather(-1, label).squeeze(-1) * labelled).sum() / self.n_labelled
         if e.kl:
-            self.kl += ((p * log_p).sum(-1) - torch.einsum("tv,stv->st", p, q)).sum(-1) / self.n
-        if self.scales is None:
+            self.kl += (p_log_p[:m] - torch.einsum("tv,stv->st", p, q)).sum(-1) / self.n
+        if not self.forming:
             return ()
-        c_kl = self.scales[0] * e.kl / (len(h) * self.n)
-        c_ce = self.scales[1] * e.ce / self.n_labelled * labelled.unsqueeze(-1)  # token 1
-        q.exp_().mul_(c_kl + c_ce).sub_(p.mul_(c_kl))
+        c_ce = self.c_ce * labelled.unsqueeze(-1)  # token 1
+        q.exp_().mul_(self.c_kl + c_ce).addcmul_(p, self.c_kl, value=-1)
         if e.ce:
             q.scatter_add_(-1, label, -c_ce.expand(len(h), -1, 1))
         dh, *rest = torch.autograd.grad(logits, [h, *params], q.to(logits.dtype), allow_unused=True)
-        self.dh[:, a : a + m] = dh  # pyright: ignore[reportOptionalSubscript]
+        self.dh[:, a : a + m] = dh
         return tuple(rest)
 
 
@@ -228,8 +256,8 @@ class Moments(NamedTuple):
     def of(cls, x: Float[Tensor, "*batch d"]) -> Moments:
         """Return the moments of vectors, in float32 or better."""
         flat = x.detach().flatten(0, -2).to(torch.promote_types(x.dtype, torch.float32))
-        var, mean = torch.var_mean(flat, 0, correction=0)
-        return cls(len(flat), mean, len(flat) * var.sum())
+        mean = flat.mean(0)  # torch.var_mean over the first axis is much slower on a CPU
+        return cls(len(flat), mean, (flat - mean).square_().sum())
 
     def join(self, other: Moments) -> Moments:
         """Return the moments of both sets as one (Chan et al. 1983), exact but for rounding.

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .activation import AbsTopK, abs_topk
@@ -19,6 +20,35 @@ ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu}
 
 class SparseGPTRMSNorm(nn.RMSNorm):
     """RMSNorm with a gain and no bias (the name tells transformers to initialise the gain to 1)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or x.dtype != self.weight.dtype:
+            return super().forward(x)  # one kernel on CUDA; on a CPU many, which keep x / rms too
+        return _RMSNorm.apply(x, self.weight, self.eps)  # pyright: ignore[reportReturnType]
+
+
+class _RMSNorm(torch.autograd.Function):
+    """y = x r w with r = (mean x^2 + eps)^-1/2; keeps x and r alone.
+
+    dw = sum_t r dy x,    dx = r w dy - x r^3 mean(w dy x)
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, w: Tensor, eps: float) -> Tensor:
+        r = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, r, w)
+        return (x * r).mul_(w)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, r, w = ctx.saved_tensors
+        dy_x = dy * x
+        dw = (dy_x.flatten(0, -2).t() @ r.flatten()) if ctx.needs_input_grad[1] else None
+        if not ctx.needs_input_grad[0]:
+            return None, dw, None
+        c = (dy_x @ w).unsqueeze(-1) * r**3 / len(w)
+        return torch.mul(dy, w, out=dy_x).mul_(r).addcmul_(x, c, value=-1), dw, None
 
 
 class SparseGPTLayerNorm(nn.LayerNorm):

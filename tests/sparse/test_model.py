@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from sparse.activation import abs_topk
+from sparse.blocks import SparseGPTRMSNorm
 from sparse.config import RESIDUAL_TOPK, TOPK_LOCATIONS
 from sparse.model import Source, SparseGPT, SparseGPTConfig, SparseGPTModel
 from sparse.nodes import edited
@@ -453,3 +454,19 @@ def test_bad_calls_get_the_fact_and_the_limit():
     plain = build()
     assert plain(random_ids(1, 17)).logits.shape == (1, 17, 31)
     assert torch.equal(plain(inputs_embeds=plain.model.wte(ids)).logits, plain(ids).logits)
+
+
+def test_the_rms_norm_and_its_gradients_are_those_of_torch():
+    torch.manual_seed(0)
+    norm = SparseGPTRMSNorm(7, 0.3).double()
+    x, dy = (torch.randn(2, 5, 7, dtype=torch.float64, requires_grad=i == 0) for i in range(2))
+    with torch.no_grad():
+        norm.weight.normal_()
+    asked = [x, norm.weight]
+    ours = norm(x)
+    theirs = torch.nn.functional.rms_norm(x, (7,), norm.weight, 0.3)
+    other = torch.nn.functional.rms_norm(x, (7,), norm.weight, 0.31)
+    assert torch.equal(ours, theirs)
+    got, want, control = (torch.autograd.grad(y, asked, dy) for y in (ours, theirs, other))
+    for a, b, c in zip(got, want, control, strict=True):
+        assert (a - b).abs().max() < 1e-13 < (c - b).abs().max()

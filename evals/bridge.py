@@ -5,6 +5,8 @@
     up           KL(dense || sparse resumed from encode(h))     nats per token
     down         KL(dense || dense resumed from decode(z))
 
+Site s of a row is the dense site of a bridge: h is the dense residual there, z the sparse one at
+the sparse site it is bridged to, and the two models are resumed at these (`BridgeConfig`).
 Sums run over every position of the blocks; means over the blocks, the independent unit.
 """
 
@@ -76,8 +78,7 @@ def untrained(bridges: BridgeSet, seed: int) -> BridgeSet:
 def _measure(run: Any, sets: list[BridgeSet], ids: Tensor, unigram: Tensor) -> dict[Any, Tensor]:
     """Return, per block, every sum and mean the rows need; bridge sets lead where there are any."""
     h, z = run.dense.residuals(ids), run.sparse.residuals(ids)
-    y = run.dense.resume(run.dense.n_sites - 1, h[-1], ids)
-    own = run.sparse.resume(run.sparse.n_sites - 1, z[-1], ids)
+    y, own = run.dense.unembed(h[-1], ids), run.sparse.unembed(z[-1], ids)
     flat = unigram.to(y.device).expand_as(y)
     out: dict[Any, Tensor] = {
         ("ce", "dense"): ce_nats(y, ids).mean(-1),
@@ -86,25 +87,39 @@ def _measure(run: Any, sets: list[BridgeSet], ids: Tensor, unigram: Tensor) -> d
         ("kl", "sparse"): kl_nats(y, own).mean(-1),
         ("kl", "unigram"): kl_nats(y, flat).mean(-1),
     }
-    for s in run.bridges.config.sites:
-        for key, x in (("h", h[s]), ("z", z[s])):
+    for s, at in run.bridges.config.pairs.items():
+        for key, x in (("h", h[s]), ("z", z[at])):
             x = x.double()
             moments = [x.square().sum((1, 2))[:, None], x.sum(1)]
             out[key, s] = torch.cat(moments, dim=1)  # batch 1+d
-        for key in ROWS:
-            out[key, s] = torch.empty(len(sets), len(ids))
-        for i, b in enumerate(sets):
-            up, down = b.encode(s, h[s]), b.decode(s, z[s])
-            out["encoder_fvu", s][i] = (up - z[s]).square().sum((1, 2))
-            out["decoder_fvu", s][i] = (down - h[s]).square().sum((1, 2))
-            y_up, y_down = run.sparse.resume(s, up, ids), run.dense.resume(s, down, ids)
-            out["up", s][i] = kl_nats(y, y_up).mean(-1)
-            out["down", s][i] = kl_nats(y, y_down).mean(-1)
-            if i == 0:
-                out["up_ce", s], out["down_ce", s] = (
-                    ce_nats(y_up, ids).mean(-1),
-                    ce_nats(y_down, ids).mean(-1),
-                )
+    parts = [_crossed(run, b, h, z, y, ids) for b in sets]
+    out |= {key: torch.stack([part[key] for part in parts]) for key in parts[0] if key[0] in ROWS}
+    return out | {key: value for key, value in parts[0].items() if key[0] not in ROWS}
+
+
+def _crossed(
+    run: Any, bridges: BridgeSet, h: list[Tensor], z: list[Tensor], y: Tensor, ids: Tensor
+) -> dict[Any, Tensor]:
+    """Return, per block, what crossing the bridges of one set costs, and the hybrids' nats.
+
+    One joined pass through either model serves all sites.
+    """
+    pairs, out = bridges.config.pairs, {}
+    up = {s: bridges.encode(s, h[s]) for s in pairs}
+    down = {s: bridges.decode(s, z[t]) for s, t in pairs.items()}
+    to_sparse = run.sparse.joined(
+        {pairs[s]: x for s, x in up.items()}, dict.fromkeys(pairs.values(), ids)
+    )
+    to_dense = run.dense.joined(down, dict.fromkeys(pairs, ids))
+    for s, t in pairs.items():
+        out["encoder_fvu", s] = (up[s] - z[t]).square().sum((1, 2))
+        out["decoder_fvu", s] = (down[s] - h[s]).square().sum((1, 2))
+        for key, model, end in (
+            ("up", run.sparse, to_sparse[t]),
+            ("down", run.dense, to_dense[s]),
+        ):
+            x = model.unembed(end, ids)
+            out[key, s], out[f"{key}_ce", s] = kl_nats(y, x).mean(-1), ce_nats(x, ids).mean(-1)
     return out
 
 

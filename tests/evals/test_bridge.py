@@ -6,25 +6,46 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from bridges.bridge import BridgeConfig, BridgeSet
 from bridges.losses import kl_nats, nmse
 from evals.bridge import evaluate_bridge, untrained
+from sparse.model import SparseGPT, SparseGPTConfig
 
 
 def named(rows):
     return {row.name: row for row in rows}
 
 
+@pytest.fixture
+def shallow(dense):
+    """Bridges from dense sites 0, 2 and 4 to a sparse model of one layer, sites 0, 1 and 2."""
+    torch.manual_seed(4)
+    shape = dict(vocab_size=dense.vocab_size, hidden_size=24, num_hidden_layers=1, head_dim=4)
+    shape |= dict(num_attention_heads=4, intermediate_size=32, initializer_range=0.2)
+    sparse = SparseGPT(SparseGPTConfig(**shape)).eval()
+    bridges = BridgeSet(BridgeConfig.between(dense, sparse, k=12)).eval()
+    return SimpleNamespace(dense=dense, sparse=sparse, bridges=bridges)
+
+
 @torch.no_grad()
-def test_the_numbers_are_those_of_the_definitions_whatever_the_batch_size(run, blocks):
+@pytest.mark.parametrize("depth", ["equal", "unequal"])
+def test_the_numbers_are_those_of_the_definitions_whatever_the_batch_size(
+    run, shallow, blocks, depth
+):
+    run = {"equal": run, "unequal": shallow}[depth]
     rows = named(evaluate_bridge(run, blocks, draws=1, batch_size=5))
     h, z = run.dense.residuals(blocks), run.sparse.residuals(blocks)
     y = run.dense.logits(blocks)
-    for s in run.bridges.config.sites:
-        up, down = run.bridges.encode(s, h[s]), run.bridges.decode(s, z[s])
+    pairs = {s: s for s in range(5)} if depth == "equal" else {0: 0, 2: 1, 4: 2}
+    recovered = rows["loss recovered, dense to sparse"].detail
+    assert {name.split(":")[0] for name in rows if name.startswith("site")} == set(recovered)
+    assert set(recovered) == {f"site {s}" for s in pairs}
+    for s, t in pairs.items():
+        up, down = run.bridges.encode(s, h[s]), run.bridges.decode(s, z[t])
         expected = {
-            "encoder FVU": nmse(up, z[s]),
+            "encoder FVU": nmse(up, z[t]),
             "decoder FVU": nmse(down, h[s]),
-            "KL, dense to sparse": kl_nats(y, run.sparse.resume(s, up, blocks)).mean(),
+            "KL, dense to sparse": kl_nats(y, run.sparse.resume(t, up, blocks)).mean(),
             "KL, sparse to dense": kl_nats(y, run.dense.resume(s, down, blocks)).mean(),
         }
         for name, value in expected.items():

@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from .bridge import BridgeConfig, BridgeSet
     from .cotraining import cotrain
     from .intervene import DenseCircuit
+    from .planning import Plan, plan
+    from .probing import Probe, probe
     from .run import Run, load_run, save_run
     from .settings import CotrainConfig, Weights
     from .transfer import map_circuit
@@ -20,11 +22,15 @@ __all__ = [
     "BridgeSet",
     "CotrainConfig",
     "DenseCircuit",
+    "Plan",
+    "Probe",
     "Run",
     "Weights",
     "cotrain",
     "load_run",
     "map_circuit",
+    "plan",
+    "probe",
     "save_run",
 ]
 
@@ -34,6 +40,10 @@ _HOME = {
     "CotrainConfig": "settings",
     "Weights": "settings",
     "cotrain": "cotraining",
+    "Plan": "planning",
+    "plan": "planning",
+    "Probe": "probing",
+    "probe": "probing",
     "Run": "run",
     "load_run": "run",
     "save_run": "run",

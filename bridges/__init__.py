@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .probing import Probe, probe
     from .run import Run, load_run, save_run
     from .settings import CotrainConfig, Weights
+    from .sitemap import even_sites, fit_sites
     from .transfer import map_circuit
 
 __version__ = "0.1.0"
@@ -27,6 +28,8 @@ __all__ = [
     "Run",
     "Weights",
     "cotrain",
+    "even_sites",
+    "fit_sites",
     "load_run",
     "map_circuit",
     "plan",
@@ -44,6 +47,8 @@ _HOME = {
     "plan": "planning",
     "Probe": "probing",
     "probe": "probing",
+    "even_sites": "sitemap",
+    "fit_sites": "sitemap",
     "Run": "run",
     "load_run": "run",
     "save_run": "run",

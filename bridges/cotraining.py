@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sparse.csr import WORTH_REBUILDING, csr_products
 from sparse.model import SparseGPT
-from sparse.project import budgets, check_budgets, project_model_
+from sparse.project import Budget, budgets, check_budgets, project_model_
 from sparse.train import BatchSource, Group, accelerator_for, fit, warmup_decay
 
 from .bridge import BridgeSet
@@ -106,10 +106,14 @@ class Cotraining(nn.Module):
         super().__init__()
         self.sparse, self.bridges, self.config = sparse, bridges, config
         object.__setattr__(self, "dense", dense)  # frozen: not in DDP, optimizer or checkpoint
-        self.plan = budgets(sparse, config.sparsity)
         steps = config.train.steps
         self.anneal = config.sparsity.anneal(steps)
         check_budgets(self.plan, config.sparsity.densities(steps, steps))
+
+    @property
+    def plan(self) -> list[Budget]:
+        """The projected tensors, looked up anew: sharding replaces them."""
+        return budgets(self.sparse, self.config.sparsity)
 
     def forward(
         self, ids: Int[Tensor, "batch pos"], step: int, part: Part | None = None
@@ -229,7 +233,7 @@ def cotrain(
         calibrate(dense, bridges, batches, config.calibration_tokens, accelerator.device)
 
     def evaluate() -> dict[str, float]:
-        return validate(dense, sparse, bridges, validation, accelerator.device)
+        return validate(dense, sparse, bridges, validation, accelerator.device, accelerator)
 
     identity = asdict(config) | {"dense": fingerprint(dense), "bridges": asdict(bridges.config)}
     identity |= {"sparse": sparse.config.architecture()}
@@ -275,21 +279,26 @@ def validate(
     bridges: BridgeSet,
     validation: Sequence[Int[Tensor, "batch pos"]],
     device: torch.device | str = "cpu",
+    accelerator: Accelerator | None = None,
 ) -> dict[str, float]:
     """Return the unweighted terms over `validation`, at all bridges, and for each where it has one.
 
     Keys: ce, ce_dense, kl (nats per token); encode.s, decode.s (fraction of variance, NMSE);
     up.s, down.s (nats per token), s the bridge's dense site, and the means of the four over sites.
+    With an accelerator its processes share the batches; all of them return the same numbers.
     """
-    sums: dict[str, float] = {}
-    n = 0
-    for ids in validation:
-        ids = ids.to(device)
-        n += 1
+    world, rank = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)
+    n, sums = len(validation), {}
+    # a process that has no share measures a batch for the names alone
+    for i in range(rank, n, world) if rank < n else range(min(n, 1)):
         with csr_products(sparse):
-            measured = _measure(dense, sparse, bridges, ids)
+            measured = _measure(dense, sparse, bridges, validation[i].to(device))
         for name, value in measured.items():
-            sums[name] = sums.get(name, 0.0) + value.item()
+            sums[name] = sums.get(name, 0.0) + value.item() * (rank < n)
+    if accelerator and sums:
+        mine = torch.tensor(list(sums.values()), dtype=torch.float64, device=device)
+        total = accelerator.reduce(mine, "sum").tolist()  # pyright: ignore[reportAttributeAccessIssue]
+        sums = dict(zip(sums, total, strict=True))
     return {name: value / n for name, value in sums.items()}
 
 

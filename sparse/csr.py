@@ -72,7 +72,7 @@ def _compress(name: str, weight: Tensor) -> _Matrix | None:
     """Return the weight's nonzero entries row by row, None where the dense product is as good."""
     if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.float64):
         return None
-    w = weight.detach().numpy()
+    w = np.from_dlpack(weight.detach())  # .numpy() would keep a gathered shard from being freed
     nonzero = w != 0
     if np.count_nonzero(nonzero) >= MAX_DENSITY * w.size:
         return None

@@ -42,8 +42,7 @@ The sources differ, and a field decides each difference. "Authors" is their rele
     -- TrainConfig
     mixed_precision      not said        fp16                bf16 weights    no
 
-What is here refused rather than offered: floors above the budget and weights in bfloat16, which
-the replication has (method.md 10, items 5 and 6).
+Refused rather than offered: floors above the budget, weights in bfloat16 (method.md 10: 5 and 6).
 """
 
 from __future__ import annotations
@@ -62,7 +61,7 @@ from torch import Tensor, nn
 from .config import SparseGPTConfig
 from .csr import WORTH_REBUILDING, csr_products
 from .model import SparseGPT
-from .project import SparsityConfig, budgets, check_budgets, project_model_
+from .project import Budget, SparsityConfig, budgets, check_budgets, project_model_
 from .train import BatchSource, Group, TrainConfig, accelerator_for, fit, warmup_decay
 
 
@@ -116,10 +115,14 @@ class Pretraining(nn.Module):
     def __init__(self, model: SparseGPT, config: PretrainConfig) -> None:
         super().__init__()
         self.model, self.config = model, config
-        self.plan = budgets(model, config.sparsity)
         steps = config.train.steps
         self.anneal = config.sparsity.anneal(steps)
         check_budgets(self.plan, config.sparsity.densities(steps, steps))
+
+    @property
+    def plan(self) -> list[Budget]:
+        """The projected tensors, looked up anew: sharding replaces them."""
+        return budgets(self.model, self.config.sparsity)
 
     def forward(self, ids: Int[Tensor, "batch pos"], step: int) -> dict[str, Tensor]:
         """Return {"ce": nats per token, mean over the pos - 1 predicted positions}."""

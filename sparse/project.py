@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .activation import BITS
 from .blocks import MLP, Attention
 from .model import SparseGPT
+from .shard import whole_
 
 BLOCK = 1 << 17
 """Entries that a CPU looks at together."""
@@ -329,11 +330,11 @@ def budgets(model: SparseGPT, config: SparsityConfig) -> list[Budget]:
 def project_model_(plan: list[Budget], densities: tuple[float, float]) -> None:
     """Project every tensor of `plan` to its budget at these densities."""
     for budget in plan:
-        weight = budget.weight
-        matrix = weight if weight.ndim == 2 else weight.view(1, -1)
         keep = budget.keep(densities)
-        if keep < matrix.numel():
-            project_(matrix, keep, budget.floor, budget.dim)
+        if keep < budget.weight.numel():
+            with whole_(budget.weight) as weight:
+                matrix = weight if weight.ndim == 2 else weight.view(1, -1)
+                project_(matrix, keep, budget.floor, budget.dim)
 
 
 def check_budgets(plan: list[Budget], densities: tuple[float, float]) -> None:

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from .checkpoint import read_folder, remove_folder, steps_saved, write_folder
 from .files import replace_files
+from .shard import split_like, whole
 
 FREE = {"folder", "log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints"}
-FREE |= {"processes"}  # the numbers are those of the joint batch, whoever computes them
+FREE |= {"processes", "shard"}  # the numbers are those of the joint batch, whoever computes them
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,6 +60,9 @@ class TrainConfig:
     processes: int | None = None
     """How many processes must train together; None takes what the launcher started, and refuses a
     launch of several that came out as one."""
+    shard: bool = False
+    """Whether each process holds only its share of the parameters, gradients and moments (FSDP2),
+    gathered for every pass. The numbers are those without, up to rounding."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "log_every", "checkpoint_every", "keep_checkpoints", "accumulate"):
@@ -201,13 +205,15 @@ class RunState:
 
     def save(self, step: int) -> None:
         """Write a checkpoint and drop the oldest; return, in every process, when it is on disk."""
-        if self.accelerator.is_main_process:
-            moments = {
-                f"{name}/{key}": value
-                for name, p in self.named.items()
-                for key, value in self.optimizer.state[p].items()
-            }
-            tensors = {"module": self.module.state_dict(), "adam": moments}
+        main = self.accelerator.is_main_process
+        moments = {
+            f"{name}/{key}": value
+            for name, p in self.named.items()
+            for key, value in self.optimizer.state[p].items()
+        }
+        parts = {"module": self.module.state_dict(), "adam": moments}
+        tensors = {stem: whole(named, keep=main) for stem, named in parts.items()}
+        if main:
             state = {"step": step, "batches": self.batches.state_dict(), "identity": self.identity}
             if self.accelerator.scaler is not None:
                 state["scaler"] = self.accelerator.scaler.state_dict()
@@ -233,11 +239,16 @@ class RunState:
         tensors, state = read_folder(saved[-1], "module", "adam")
         self._same_run(state["identity"], saved[-1])
         self.batches.load_state_dict(state["batches"])
-        self.module.load_state_dict(tensors["module"])
+        mine = self.module.state_dict()
+        loaded = tensors["module"].items()
+        self.module.load_state_dict(
+            {n: split_like(t, mine[n]) if n in mine else t for n, t in loaded}
+        )
         for name, p in self.named.items():
             self.optimizer.state[p] = {
-                key: tensors["adam"][f"{name}/{key}"].to(p.device)
-                for key in ("step", "exp_avg", "exp_avg_sq")
+                "step": tensors["adam"][f"{name}/step"].to(p.device),
+                "exp_avg": split_like(tensors["adam"][f"{name}/exp_avg"], p),
+                "exp_avg_sq": split_like(tensors["adam"][f"{name}/exp_avg_sq"], p),
             }
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .run_state import BatchSource, Interrupted, RunState, TrainConfig, stop_requests
+from .shard import gathered, own, prepared, sum_over_shards
 
 __all__ = ["BatchSource", "Group", "Interrupted", "TrainConfig", "Trainable", "fit"]
 
@@ -84,26 +85,41 @@ def fit(
     weight decay. Every choice is a function of t and the seed, so a resumed run gives the losses
     of an undisturbed one bit for bit. `identity` is what must not change between the two.
 
-    Every process calls `after_step` and `evaluate`. SIGINT and SIGTERM let the step end, save, and
-    raise Interrupted; of several processes one is enough, and all stop at the next line of the log.
+    Every process calls `after_step` and `evaluate`; where `config.shard` splits the parameters,
+    they are split in `after_step` (`shard.whole_` gathers one) and whole in `evaluate`. SIGINT and
+    SIGTERM let the step end, save, and raise Interrupted; of several processes one is enough, and
+    all stop at the next line of the log.
     """
     accelerator = accelerator_for(config, accelerator)
-    groups: list[Group] = module.groups()  # pyright: ignore[reportCallIssue]
-    adam = [{"params": list(g.params.values()), "betas": g.betas, "eps": g.eps} for g in groups]
-    optimizer = torch.optim.Adam(adam, lr=0.0, fused=True)
-    wrapped, optimizer = accelerator.prepare(module, optimizer)
-    named = {f"{g.name}/{name}": p for g in groups for name, p in g.params.items()}
-    run = RunState(module, named, optimizer, batches, config, accelerator, identity or {})
-    step = run.resume()
+    with prepared(module, accelerator, config.shard) as wrapped:
+        groups: list[Group] = module.groups()  # pyright: ignore[reportCallIssue]
+        adam = [{"params": list(g.params.values()), "betas": g.betas, "eps": g.eps} for g in groups]
+        optimizer = accelerator.prepare_optimizer(torch.optim.Adam(adam, lr=0.0, fused=True))
+        named = {f"{g.name}/{name}": p for g in groups for name, p in g.params.items()}
+        run = RunState(module, named, optimizer, batches, config, accelerator, identity or {})
+        halted = _steps(run, wrapped, groups, after_step, evaluate)
+    if halted:
+        raise Interrupted(halted)
+
+
+def _steps(
+    run: RunState,
+    wrapped: nn.Module,
+    groups: list[Group],
+    after_step: Callable[[int], dict[str, float] | None] | None,
+    evaluate: Callable[[], dict[str, float]] | None,
+) -> str:
+    """Take the steps that are left; return "", or why they stopped before the last."""
+    config, accelerator, step = run.config, run.accelerator, run.resume()
     bar = _bar(config.steps, step, accelerator)
     with bar, stop_requests() as stop:
-        stream = iter(batches)
+        stream = iter(run.batches)
         while step < config.steps:
             _seed(config.seed, step, accelerator.process_index)
             ids = run.share(next(stream))
-            losses = _backward(module, wrapped, ids, step, config, accelerator)
+            losses = _backward(run.module, wrapped, ids, step, config, accelerator)
             lr = {g.name: g.lr(step) for g in groups}
-            rms = _update(groups, optimizer, lr, accelerator)
+            rms = _update(groups, run.optimizer, lr, accelerator)
             notes = (after_step(step) if after_step else None) or {}
             for group in groups:
                 if group.decay == "after_projection":
@@ -117,13 +133,15 @@ def fit(
                 bar.set_postfix(_short(run.log(step, terms, sizes, lr, notes)))
                 halt |= asked
             if evaluate and (last or _due(step, config.evaluate_every)):
-                run.write({"step": step} | {f"val/{n}": v for n, v in evaluate().items()})
+                with gathered(wrapped):
+                    run.write({"step": step} | {f"val/{n}": v for n, v in evaluate().items()})
             if halt or last or step % config.checkpoint_every == 0:
                 run.read(step, losses, rms)  # never save what a broken step left
                 run.save(step)
             if halt and not last:
                 who = stop[0] if stop else "a signal to another process"
-                raise Interrupted(f"stopped by {who} after step {step}; its state is saved")
+                return f"stopped by {who} after step {step}; its state is saved"
+    return ""
 
 
 def accelerator_for(config: TrainConfig, given: Accelerator | None) -> Accelerator:
@@ -185,7 +203,7 @@ def _backward(
     n, total = config.accumulate, {}
     parts, known = ids.chunk(n), [()] * n
     if n > 1 and isinstance(module, NeedsWhole):
-        with accelerator.autocast():
+        with accelerator.autocast(), gathered(wrapped):
             known = [(x,) for x in module.of_whole(parts)]
     for i, part in enumerate(parts):
         with nullcontext() if i == n - 1 else accelerator.no_sync(wrapped):
@@ -238,11 +256,11 @@ def scale_(params: list[nn.Parameter], how: Literal["normalise", "clip", "none"]
     """Scale the gradients as `Group.scaling` says; return their root mean square before."""
     grads = [p.grad for p in params if p.grad is not None]
     n = sum(p.numel() for p in params)
-    norms = torch.stack(torch._foreach_norm(grads))  # pyright: ignore
-    rms = norms.square().sum().sqrt() / n**0.5
+    norms = torch.stack(torch._foreach_norm(own(grads)))  # pyright: ignore
+    rms = sum_over_shards(norms.square().sum(), grads).sqrt() / n**0.5
     if how != "none":
         factor = 1 / (rms + 1e-5) if how == "normalise" else 1 / rms.clamp(min=1.0)
-        torch._foreach_mul_(grads, factor)  # pyright: ignore
+        torch._foreach_mul_(own(grads), factor)  # pyright: ignore
     return rms
 
 
@@ -251,4 +269,4 @@ def decay_(group: Group, lr: float) -> None:
     """p <- p - weight_decay * lr * p for the group's decayed parameters."""
     decayed = [group.params[name] for name in sorted(group.decayed)]
     if decayed and group.weight_decay:
-        torch._foreach_mul_(decayed, 1 - group.weight_decay * lr)  # pyright: ignore
+        torch._foreach_mul_(own(decayed), 1 - group.weight_decay * lr)  # pyright: ignore

@@ -19,7 +19,7 @@ MAY_IMPORT = {  # package: the packages of ours it may name
     "examples": {"sparse", "dense", "bridges", "evals"},
 }
 ORDER = {  # package: its modules; each may import only those before it
-    "sparse": "files csr config kernels kernels_project activation attention blocks passes "
+    "sparse": "files csr shard config kernels kernels_project activation attention blocks passes "
     "compressed card saving trunk model nodes project corpus data checkpoint "
     "run_state train pretrain suite tasks slices compiled calibration edges circuit mask "
     "prune release_files release_config release_tokenizer release_circuit "

@@ -27,14 +27,12 @@ def start(command, *args, **env):
 def test_launches_that_silently_train_alone_are_refused_and_the_remedy_trains_together():
     started = {
         "cpu": start([*LAUNCH, "--cpu", "--num_processes", "2"]),
-        "said": start([*LAUNCH, "--cpu", "--num_processes", "2"], "1"),
         "apart": start([*LAUNCH, "--multi_gpu", "--num_processes", "2"]),
         "remedy": start(TORCHRUN, "2", ACCELERATE_USE_CPU="true"),
     }
     lines = {
         name: p.communicate(timeout=120)[0].decode().splitlines() for name, p in started.items()
     }
-    assert lines["said"] == ["1 together"]
     assert lines["remedy"] == ["2 together"] * 2
     assert "asked for several processes and started one" in lines["cpu"][0]
     assert [x.split(",")[0] for x in lines["apart"]] == ["refused: 2 processes were started"] * 2
@@ -56,6 +54,10 @@ def checked(monkeypatch, asked=None, **env):
 def test_one_process_trains_where_one_or_nothing_was_asked_for(monkeypatch):
     assert checked(monkeypatch) == checked(monkeypatch, 1) == 1
     assert checked(monkeypatch, ACCELERATE_MIXED_PRECISION="no") == 1  # accelerate launch, one
+    said = dict(ACCELERATE_MIXED_PRECISION="no", MASTER_PORT="1")  # accelerate launch, two
+    assert checked(monkeypatch, 1, **said) == 1
+    with pytest.raises(ValueError, match="if one is meant, say TrainConfig.processes=1"):
+        checked(monkeypatch, **said)
     assert checked(monkeypatch, MASTER_PORT="1") == 1  # a cluster's setting, not a launcher's
     assert checked(monkeypatch, WORLD_SIZE="1", MASTER_PORT="1") == 1  # torchrun, one
 

@@ -17,6 +17,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from timing import quartiles
+
 from sparse import abs_topk
 
 
@@ -44,11 +46,6 @@ class Clock:
             return end - start
         end.synchronize()
         return start.elapsed_time(end) / 1e3
-
-
-def quartiles(values: list[float]) -> str:
-    low, median, high = torch.tensor(values).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
-    return f"{median:.2f} ({low:.2f}-{high:.2f})"
 
 
 def measure(d: int, dtype: torch.dtype, repeats: int, device: str, rows: int) -> None:

@@ -21,6 +21,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from timing import quartiles
+
 from sparse.attention import flash_sink
 
 SIZES = [(128, 64, 16), (512, 64, 16), (1024, 16, 64), (2048, 16, 16)]  # T, heads, d_head
@@ -62,11 +64,6 @@ def memory_of(form: str, size: tuple[int, int, int]) -> float:
     """MiB, measured in a process of its own."""
     words = [sys.executable, __file__, "--memory-of", form, *map(str, size)]
     return float(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
-
-
-def quartiles(values: list[float]) -> str:
-    low, median, high = torch.tensor(values).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
-    return f"{median:.2f} ({low:.2f}-{high:.2f})"
 
 
 def measure(size: tuple[int, int, int], repeats: int) -> None:

@@ -18,7 +18,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from peer_pruning import PeerMasks, quartiles, random_values, sparse_model
+from peer_pruning import PeerMasks, random_values, sparse_model
+from timing import quartiles
 
 from sparse import PruneConfig
 from sparse.compiled import CompiledCircuit
@@ -68,7 +69,7 @@ def measure(mode: str, share: float, ablation: str, repeats: int) -> None:
                 gap = float((out - reference).abs().max() / reference.abs().max())
 
     def ratio(a: str, b: str) -> str:
-        return quartiles([x / y for x, y in zip(took[a], took[b], strict=True)])
+        return quartiles([x / y for x, y in zip(took[a], took[b], strict=True)], unit="x")
 
     print(f"{mode}, {100 * share:g} % of nodes, {ablation} ablation: {circuit}")
     print(

@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import torch.nn.functional as F
+from timing import quartiles
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging
@@ -284,11 +285,6 @@ def runner(size: str, name: str):
     return (Plain if name == "baseline" else Ours)(module), ids
 
 
-def quartiles(values: list[float]) -> str:
-    low, mid, high = torch.tensor(values).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
-    return f"{mid:6.2f} ({low:.2f}-{high:.2f})"
-
-
 def times(size: str, repeats: int) -> None:
     names = ["baseline", "dense", *VARIANTS]
     steps = {name: runner(size, name) for name in names}
@@ -305,8 +301,8 @@ def times(size: str, repeats: int) -> None:
         dense_steps = [a / b for a, b in zip(took, seconds["dense"], strict=True)]
         print(
             f"{size:4} {name:22} {1e3 * torch.tensor(took).median():8.0f} ms   "
-            f"faster than the baseline {quartiles(faster)}x   "
-            f"dense steps {quartiles(dense_steps)}"
+            f"faster than the baseline {quartiles(faster, 6)}x   "
+            f"dense steps {quartiles(dense_steps, 6)}"
         )
 
 

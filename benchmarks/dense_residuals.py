@@ -19,22 +19,16 @@ the time of the final norm and head, which is measured as resume at the last sit
 import argparse
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from timing import seconds
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from dense import DenseModel
-
-
-def seconds(run: Callable[[], object]) -> float:
-    started = time.process_time()
-    run()
-    return time.process_time() - started
 
 
 def quartiles(ratios: list[float]) -> str:

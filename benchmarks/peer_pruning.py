@@ -148,9 +148,3 @@ def sink_attention(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, scale: 
     mask = torch.cat([mask, sink.view(-1, 1, 1).expand(-1, n_pos, 1)], dim=-1)
     k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-
-
-def quartiles(ratios: list[float]) -> str:
-    """Return median (lower-upper quartile) of the ratios."""
-    low, middle, high = torch.tensor(ratios).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
-    return f"{middle:.2f}x ({low:.2f}-{high:.2f})"

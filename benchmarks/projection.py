@@ -14,13 +14,12 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from statistics import quantiles
-from time import process_time
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from timing import quartiles, seconds
 
 from sparse import SparseGPT, SparseGPTConfig
 from sparse.project import Budget, SparsityConfig, budgets, project_model_
@@ -63,12 +62,6 @@ def model_of(shape: str) -> SparseGPT:
     return SparseGPT(config)
 
 
-def timed(run) -> float:
-    start = process_time()
-    run()
-    return process_time() - start
-
-
 def measure(shape: str, density: float, repeats: int) -> tuple[list[float], list[float]]:
     """Per repetition: projection / Adam, and the plain form / projection."""
     sparsity = SparsityConfig(density=density, embedding_density=min(1.0, 4 * density))
@@ -83,7 +76,7 @@ def measure(shape: str, density: float, repeats: int) -> tuple[list[float], list
     for repetition in range(repeats + 1):
         for w in weights:
             w.grad = torch.randn_like(w)
-        step = timed(adam.step)
+        step = seconds(adam.step)
         copies = [w.detach().clone() for w in weights]
 
         def plain(copies=copies):
@@ -91,18 +84,13 @@ def measure(shape: str, density: float, repeats: int) -> tuple[list[float], list
                 if b.keep(densities) < copy.numel():
                     plain_(b, copy, b.keep(densities))
 
-        ours, theirs = timed(lambda: project_model_(plan, densities)), timed(plain)
+        ours, theirs = seconds(lambda: project_model_(plan, densities)), seconds(plain)
         for w, copy, b in zip(weights, copies, plan, strict=True):
             assert torch.equal(w, copy), f"{b.name}: the two forms disagree"
         if repetition:
             to_adam.append(ours / step)
             to_ours.append(theirs / ours)
     return to_adam, to_ours
-
-
-def shown(ratios: list[float]) -> str:
-    low, middle, high = quantiles(ratios, n=4, method="inclusive")
-    return f"{middle:6.2f} ({low:.2f}-{high:.2f})"
 
 
 if __name__ == "__main__":
@@ -116,4 +104,4 @@ if __name__ == "__main__":
         for density in DENSITIES:
             to_adam, to_ours = measure(shape, density, args.repeats)
             line = f"{shape:6}{f'1/{round(1 / density)}':>8}   "
-            print(f"{line}{shown(to_adam):<25} {shown(to_ours)}", flush=True)
+            print(f"{line}{quartiles(to_adam, 6):<25} {quartiles(to_ours, 6)}", flush=True)

@@ -19,7 +19,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from peer_pruning import PeerMasks, quartiles, random_values, sparse_model
+from peer_pruning import PeerMasks, random_values, sparse_model
+from timing import quartiles
 
 from sparse.csr import csr_products
 from sparse.mask import last_logits, masked, straight_through
@@ -144,9 +145,8 @@ def measure(size: str, repeats: int, probes: int) -> None:
                 f"k {a} and {b}" if what == "discretise" else f"losses differ by {abs(a - b):.0e}"
             )
             middle = torch.tensor(ms).median()
-            print(
-                f"{size}  {what:14} {quartiles(ratios)} of the plain form, {middle:.0f} ms; {same}"
-            )
+            shown = quartiles(ratios, unit="x")
+            print(f"{size}  {what:14} {shown} of the plain form, {middle:.0f} ms; {same}")
             if what == "train step":
                 with torch.no_grad():
                     for tau in theirs.tau:

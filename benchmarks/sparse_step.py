@@ -18,13 +18,14 @@ import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 from time import process_time
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from timing import quartiles
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from sparse import SparseGPT, SparseGPTConfig
@@ -141,11 +142,6 @@ def measure(shape: str, density: float, repeats: int) -> tuple[dict[str, list[fl
     return ratios, clock
 
 
-def shown(ratios: list[float]) -> str:
-    low, middle, high = quantiles(ratios, n=4, method="inclusive")
-    return f"{middle:.2f} ({low:.2f}-{high:.2f})"
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--repeats", type=int, default=7)
@@ -158,7 +154,10 @@ if __name__ == "__main__":
         for density in DENSITIES:
             ratios, clock = measure(shape, density, args.repeats)
             line = f"{shape:6}{f'1/{round(1 / density)}':>8}   "
-            print(f"{line}{shown(ratios['dense products']):<22} {shown(ratios['csr'])}", flush=True)
+            print(
+                f"{line}{quartiles(ratios['dense products']):<22} {quartiles(ratios['csr'])}",
+                flush=True,
+            )
             if args.profile:
                 parts = {name: 1e3 * median(laps) for name, laps in clock.parts.items()}
                 print("    ms:", ", ".join(f"{n} {ms:.1f}" for n, ms in parts.items()))

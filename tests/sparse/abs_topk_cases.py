@@ -12,9 +12,7 @@ prints one JSON object.
 import json
 import math
 import os
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -142,9 +140,7 @@ def through_autograd() -> dict:
 
 def compiled(name: str, kernel, pointers: str, x: Tensor) -> dict:
     """Compile a kernel for sm_90, without a GPU, and read what it takes from the machine code."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    from kernel_cases import compile_for_sm_90
 
     from sparse.kernels import launch_options
 
@@ -153,24 +149,8 @@ def compiled(name: str, kernel, pointers: str, x: Tensor) -> dict:
     kind = "*i32" if x.dtype == torch.float32 else "*i16"
     signature = {p: kind for p in pointers.split()}
     signature |= {"stride": "i32"} if name == "forward" else {}
-    signature |= {"d": "i32", "k": "i32"} | dict.fromkeys(options, "constexpr")
-    source = ASTSource(
-        fn=kernel,
-        signature=signature,
-        constexprs={(list(signature).index(c),): value for c, value in options.items()},
-        attrs={
-            (i,): [["tt.divisibility", 16]] for i, p in enumerate(signature) if p not in options
-        },
-    )
-    target = GPUTarget("cuda", 90, 32)
-    code = triton.compile(source, target=target, options={"num_warps": warps})
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(code.asm["cubin"])
-        file.flush()
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        said = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True)
-    words = (said.stdout + said.stderr).replace(":", " ").split()
-    taken = {word: int(words[words.index(word) + 1]) for word in ("REG", "STACK", "LOCAL")}
+    signature |= {"d": "i32", "k": "i32"}
+    taken = compile_for_sm_90(kernel, signature, options, warps)
     return {"kernel": name, "dtype": str(x.dtype), "d": x.shape[-1], "warps": warps} | taken
 
 

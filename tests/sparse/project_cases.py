@@ -11,9 +11,7 @@ prints one JSON object.
 
 import json
 import os
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -68,9 +66,7 @@ def compare(project_: Callable, shapes, device: str, dtypes=DTYPES) -> dict:
 
 def compile_all() -> dict:
     """Compile every kernel for sm_90, without a GPU, and read what it takes."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    from kernel_cases import compile_for_sm_90
 
     from sparse import kernels_project as k
 
@@ -91,26 +87,7 @@ def compile_all() -> dict:
     kernels = []
     for kernel, arguments, constants, warps in jobs:
         signature = {a: "*i32" if a.isupper() else "i32" for a in arguments.split()}
-        signature |= dict.fromkeys(constants, "constexpr")
-        source = ASTSource(
-            fn=kernel,
-            signature=signature,
-            constexprs={(list(signature).index(c),): v for c, v in constants.items()},
-            attrs={
-                (i,): [["tt.divisibility", 16]]
-                for i, a in enumerate(signature)
-                if a not in constants
-            },
-        )
-        options = {"num_warps": warps}
-        code = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(code.asm["cubin"])
-            file.flush()
-            tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-            said = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True)
-        words = (said.stdout + said.stderr).replace(":", " ").split()
-        taken = {word: int(words[words.index(word) + 1]) for word in ("REG", "STACK", "LOCAL")}
+        taken = compile_for_sm_90(kernel, signature, constants, warps)
         kernels.append({"kernel": kernel.__name__, **constants, "warps": warps} | taken)
     return {"kernels": kernels}
 

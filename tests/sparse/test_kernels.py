@@ -1,39 +1,27 @@
 """The Triton kernels, in processes of their own: triton decides on import how it runs."""
 
-import json
-import os
-import subprocess
-import sys
+from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
 
-SCRIPT = Path(__file__).with_name("abs_topk_cases.py")
 needs_triton = pytest.mark.skipif(not find_spec("triton"), reason="triton is not installed")
 
 
-def run(mode: str, **environment: str) -> dict:
-    done = subprocess.run(
-        [sys.executable, SCRIPT, mode],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+@pytest.fixture
+def run(run_cases):
+    return partial(run_cases, "abs_topk_cases.py")
 
 
 @needs_triton
-def test_in_the_interpreter_the_kernels_give_the_bits_of_sorted_lists():
+def test_in_the_interpreter_the_kernels_give_the_bits_of_sorted_lists(run):
     result = run("interpreter", TRITON_INTERPRET="1")
     assert result["cases"] > 50 and not result["differ"], result["differ"]
 
 
 @needs_triton
-def test_compiled_for_an_h100_the_kernels_spill_no_register():
+def test_compiled_for_an_h100_the_kernels_spill_no_register(run):
     kernels = run("sm_90", TRITON_INTERPRET="0")["kernels"]
     assert {k["kernel"] for k in kernels} == {"forward", "backward"}
     for kernel in kernels:
@@ -51,7 +39,7 @@ def test_the_widths_and_dtypes_that_fit_are_stated():
 
 @pytest.mark.gpu
 @needs_triton
-def test_on_a_gpu_the_kernels_give_the_bits_of_sorted_lists():
+def test_on_a_gpu_the_kernels_give_the_bits_of_sorted_lists(run):
     result = run("cuda", TRITON_INTERPRET="0")
     for part in (result, result["autograd"]):
         assert part["cases"] > 100 and not part["differ"], part["differ"]

@@ -1,39 +1,27 @@
 """The projection's Triton kernels, in processes of their own: see test_kernels.py."""
 
-import json
-import os
-import subprocess
-import sys
+from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
 
-SCRIPT = Path(__file__).with_name("project_cases.py")
 needs_triton = pytest.mark.skipif(not find_spec("triton"), reason="triton is not installed")
 
 
-def run(mode: str, **environment: str) -> dict:
-    done = subprocess.run(
-        [sys.executable, SCRIPT, mode],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+@pytest.fixture
+def run(run_cases):
+    return partial(run_cases, "project_cases.py")
 
 
 @needs_triton
-def test_in_the_interpreter_the_kernels_project_as_the_definition_bit_for_bit():
+def test_in_the_interpreter_the_kernels_project_as_the_definition_bit_for_bit(run):
     result = run("interpreter", TRITON_INTERPRET="1")
     assert result["cases"] > 100 and not result["differ"], result["differ"]
 
 
 @needs_triton
-def test_compiled_for_an_h100_the_kernels_spill_no_register():
+def test_compiled_for_an_h100_the_kernels_spill_no_register(run):
     kernels = run("sm_90", TRITON_INTERPRET="0")["kernels"]
     assert len({k["kernel"] for k in kernels}) == 5
     for kernel in kernels:
@@ -53,7 +41,7 @@ def test_the_matrices_that_fit_are_stated():
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_matrices_are_projected_as_by_the_definition_bit_for_bit():
+def test_on_a_gpu_matrices_are_projected_as_by_the_definition_bit_for_bit(run):
     result = run("cuda", TRITON_INTERPRET="0")
     assert result["cases"] > 400 and not result["differ"], result["differ"]
 

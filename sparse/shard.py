@@ -136,12 +136,17 @@ def split_like(full: Tensor, like: Tensor) -> Tensor:
 
 
 def whole(named: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
-    """Return whole tensors on the CPU, or, where not to `keep`, none. Every process calls this."""
-    kept = {}
+    """Return whole tensors on the CPU, or, where not to `keep`, none. Every process calls this.
+
+    Tied tensors come as copies, each under its name, as a file of safetensors wants them.
+    """
+    kept, seen = {}, set()
     for name, tensor in named.items():
         full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         if keep:
-            kept[name] = full.detach().cpu()
+            full = full.detach().cpu()
+            kept[name] = full.clone() if full.data_ptr() in seen else full
+            seen.add(full.data_ptr())
     return kept
 
 

@@ -27,7 +27,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import bridges.cotraining
 from bridges.bridge import BridgeConfig, BridgeSet
-from bridges.cotraining import CotrainConfig, cotrain
+from bridges.cotraining import CotrainConfig, cotrain, validate
 from dense import DenseModel
 from sparse.data import Batches
 from sparse.pretrain import pretrain
@@ -57,6 +57,7 @@ def run(out: Path, name: str, cut_of: str = "", **train) -> None:
     plain = all(type(p) is torch.nn.Parameter for p in named.values())
     facts = {"plain": plain, "hooks": sum(hooks), "part": part}
     facts |= {"numel": sum(p.numel() for p in named.values()), "compressed": COMPRESSED[-1]}
+    facts |= {"fewer": FEWER[-1] if FEWER else 0.0}
     save_file({n: p.detach().clone() for n, p in named.items()}, out / f"{name}-{rank}.safetensors")
     (out / f"{name}-{rank}.json").write_text(json.dumps(facts))
     accelerator.wait_for_everyone()
@@ -75,7 +76,7 @@ def held(optimizer) -> dict[str, int]:
     }
 
 
-COMPRESSED = []
+COMPRESSED, FEWER = [], []
 
 
 def counted(products):
@@ -101,6 +102,7 @@ def cotrained(train, accelerator):
     maps = BridgeSet(BridgeConfig.between(dense, twin, k=7), seed=rank).double()
     cotrain(dense, twin, maps, Batches(BLOCKS[:48], 8), config, CHECK, accelerator)
     maps.check(dense, twin)  # and the fingerprints are of what stands there now
+    FEWER.append(validate(dense, twin, maps, CHECK[:1], accelerator=accelerator)["down"])
     return twin, maps
 
 

@@ -101,6 +101,13 @@ def test_without_sharding_every_process_holds_everything(out):
         assert set(mine["part"].values()) == {mine["numel"]}
 
 
+def test_fewer_validation_batches_than_processes_are_scored_alike_by_all(out):
+    want = facts(out, "one")["fewer"]
+    assert want > 0 and want != logged(out / "one")[6]["val/down"]
+    for rank in (0, 1):
+        assert facts(out, "shard", rank)["fewer"] == pytest.approx(want, rel=1e-10)
+
+
 def test_a_failure_of_one_process_ends_the_other_at_once(out):
     when, error = (out / "ended").read_text().split(maxsplit=1)
     assert float(when) - float((out / "failed").read_text()) < 60

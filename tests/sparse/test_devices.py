@@ -4,13 +4,22 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 
+from sparse.checkpoint import read_folder
+from sparse.pretrain import pretrain
+from sparse.shard import prepared
 from sparse.train import TrainConfig, accelerator_for
 
+sys.path.insert(0, str(Path(__file__).parent))
+from small_run import batches, build, preset
+
+sys.path.remove(str(Path(__file__).parent))  # it was there for the line above
 SCRIPT = str(Path(__file__).with_name("launched.py"))
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
@@ -24,22 +33,15 @@ def start(command, *args, **env):
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
 
 
-def test_launches_that_silently_train_alone_are_refused_and_the_remedy_trains_together():
+def test_a_launch_that_silently_trains_alone_is_refused_and_the_remedy_trains_together():
     started = {
-        "cpu": start([*LAUNCH, "--cpu", "--num_processes", "2"]),
-        "apart": start([*LAUNCH, "--multi_gpu", "--num_processes", "2"]),
+        "alone": start([*LAUNCH, "--cpu", "--num_processes", "2"]),
         "remedy": start(TORCHRUN, "2", ACCELERATE_USE_CPU="true"),
     }
-    lines = {
-        name: p.communicate(timeout=120)[0].decode().splitlines() for name, p in started.items()
-    }
-    assert lines["remedy"] == ["2 together"] * 2
-    assert "asked for several processes and started one" in lines["cpu"][0]
-    assert [x.split(",")[0] for x in lines["apart"]] == ["refused: 2 processes were started"] * 2
-    assert all(
-        "ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2" in lines[n][0]
-        for n in ("cpu", "apart")
-    )
+    said = {n: p.communicate(timeout=200)[0].decode().splitlines() for n, p in started.items()}
+    assert said["remedy"] == ["2 together"] * 2
+    assert "asked for several processes and started one" in said["alone"][0]
+    assert "ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2" in said["alone"][0]
 
 
 def checked(monkeypatch, asked=None, **env):
@@ -69,3 +71,33 @@ def test_another_number_of_processes_than_was_asked_for_is_refused(monkeypatch):
         checked(monkeypatch, 1, WORLD_SIZE="4")
     with pytest.raises(ValueError, match="TrainConfig.processes=0 must be at least 1, or None"):
         checked(monkeypatch, 0)
+
+
+def test_a_tied_model_is_saved_under_both_names_and_resumed(tmp_path):
+    config = preset(tmp_path, model=dict(tie_word_embeddings=True), train=dict(steps=6))
+    model = build(config)
+    pretrain(model, batches(), config.pretrain)
+    saved, _ = read_folder(tmp_path / "checkpoints" / "step-00000006", "module")
+    twins = [saved["module"][f"model.{name}.weight"] for name in ("lm_head", "model.wte")]
+    assert torch.equal(*twins) and torch.equal(twins[0], model.lm_head.weight)
+    again = build(config, seed=1)
+    assert not torch.equal(again.lm_head.weight, model.lm_head.weight)
+    pretrain(again, batches(), config.pretrain)
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+    assert again.lm_head.weight is again.model.wte.weight
+
+
+def test_one_process_that_is_asked_to_shard_trains_as_ever():
+    module = torch.nn.Linear(2, 2)
+    with prepared(module, Accelerator(cpu=True), shard=True) as wrapped:
+        assert wrapped is module
+    assert type(module.weight) is torch.nn.Parameter
+
+
+def test_the_first_version_of_fsdp_is_refused(monkeypatch):
+    accelerator, plugin = Accelerator(cpu=True), SimpleNamespace(fsdp_version=1, cpu_offload=None)
+    state = SimpleNamespace(distributed_type=DistributedType.FSDP, fsdp_plugin=plugin)
+    monkeypatch.setattr(accelerator, "state", state)
+    with pytest.raises(ValueError, match="only version 2 without offloading .*--fsdp_version 2"):
+        with prepared(torch.nn.Linear(2, 2), accelerator, shard=False):
+            pass

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .bridge import BridgeConfig, BridgeSet
+    from .compiling import compiled
     from .cotraining import cotrain
     from .intervene import DenseCircuit
     from .planning import Plan, plan
@@ -27,6 +28,7 @@ __all__ = [
     "Probe",
     "Run",
     "Weights",
+    "compiled",
     "cotrain",
     "even_sites",
     "fit_sites",
@@ -42,6 +44,7 @@ _HOME = {
     "BridgeSet": "bridge",
     "CotrainConfig": "settings",
     "Weights": "settings",
+    "compiled": "compiling",
     "cotrain": "cotraining",
     "Plan": "planning",
     "plan": "planning",

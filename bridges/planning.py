@@ -80,6 +80,19 @@ class Plan:
         rate = self.probe.tokens_per_second if self.probe else None
         return None if rate is None else (tokens or self.tokens) / rate / 3600
 
+    def line(self) -> str:
+        """Return one line: steps, tokens, memory and, where it was probed, hours."""
+        said = (
+            f"{self.steps:,} steps, {self.tokens / 1e6:,.1f} M tokens, "
+            f"{gb(self.memory)} GB of memory predicted"
+        )
+        if self.probe is None:
+            return said
+        if (hours := self.hours()) is None:
+            return f"{said}; the probe did not hold on {self.probe.device}: {self.probe.failed}"
+        rate = f"{self.probe.tokens_per_second:,.3g} tokens/s on {self.probe.device}"
+        return f"{said}; at {rate} it takes about {hours:,.3g} hours"
+
     def __str__(self) -> str:
         rows = [
             ("parameters", ""),

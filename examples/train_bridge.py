@@ -1,7 +1,12 @@
 """The main job: co-train a weight-sparse twin and its bridges, prune circuits, test them.
 
     accelerate launch examples/train_bridge.py --dense tiny
+    accelerate launch examples/train_bridge.py --dense gpt2 --dataset text/ --plan
     accelerate launch examples/train_bridge.py --dense gpt2 --dataset text/ --output_dir runs/gpt2
+
+Without --preset, tiny and other models under 20 M parameters take demo; larger ones take gpt2-80gb
+on a GPU of 70 GB or more and gpt2-12gb elsewhere, on a CPU too, where they say how long it takes.
+--plan says what a run would take (parameters, memory, hours, disk) and writes nothing.
 
 Writes a run folder: the twin, the bridges, a circuit per task with its nonsense twin, and a report
 of every claim beside its control. Started again with the same settings it resumes.
@@ -10,6 +15,7 @@ of every claim beside its control. Started again with the same settings it resum
 import argparse
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -21,7 +27,16 @@ PRESETS = {
     "smoke": dict(steps=6, batch=4, length=32, expansion=0.5, prune_steps=4, tasks=QUOTES),
     "demo": dict(steps=500, batch=16, length=128, expansion=2, prune_steps=200, tasks=QUOTES),
     "long": dict(steps=3000, batch=16, length=128, expansion=2, prune_steps=600, tasks=ALL),
+    # 1 B tokens for a card of 80 GB, 0.2 B for one of 12: bf16, text read as it is needed
+    "gpt2-80gb": dict(steps=30_000, batch=64, length=512, expansion=8 / 3, prune_steps=600),
+    "gpt2-12gb": dict(steps=12_000, batch=32, length=512, expansion=4 / 3, prune_steps=600),
 }
+GPT2 = dict(mixed_precision="bf16", stream=True, tasks=ALL)
+PRESETS["gpt2-80gb"] |= GPT2 | dict(accumulate=2)
+PRESETS["gpt2-12gb"] |= GPT2 | dict(accumulate=8)
+DEFAULTS = dict(mixed_precision="no", stream=False, accumulate=1)  # where a preset says nothing
+LEAST = dict(steps=1, batch=1, length=2, prune_steps=0, threads=1, processes=1, twin_layers=1)
+LEAST["accumulate"] = 1
 
 
 def parse() -> argparse.Namespace:
@@ -30,8 +45,14 @@ def parse() -> argparse.Namespace:
     )
     p.add_argument("--dense", default="tiny", help="tiny, a Hugging Face name, or a folder")
     p.add_argument("--dataset", help="file, folder or dataset name; default: Python's own sources")
+    p.add_argument(
+        "--stream",
+        action=argparse.BooleanOptionalAction,
+        help="read and tokenize the text as it is needed, in its order; default in gpt2 presets",
+    )
     p.add_argument("--output_dir", help="default: runs/<dense>-<preset>")
-    p.add_argument("--preset", choices=PRESETS, default="demo", help="how long to train")
+    p.add_argument("--preset", choices=PRESETS, help="how long to train, on what; see above")
+    p.add_argument("--plan", action="store_true", help="say what the run would take, and stop")
     p.add_argument("--steps", type=int, help="optimizer steps, instead of the preset's")
     p.add_argument("--batch", type=int, help="sequences per step, over all processes")
     p.add_argument("--length", type=int, help="tokens per sequence")
@@ -46,29 +67,21 @@ def parse() -> argparse.Namespace:
     p.add_argument("--density", type=float, default=1 / 16, help="weights kept in the matrices")
     p.add_argument("--prune_steps", type=int, help="optimizer steps of the pruning")
     p.add_argument("--tasks", nargs="*", help="tasks to prune circuits for")
-    p.add_argument("--mixed_precision", choices=["no", "bf16"], default="no")
+    p.add_argument("--mixed_precision", choices=["no", "bf16"], help="default: the preset's")
+    p.add_argument("--accumulate", type=int, help="passes per step, each on its share of the batch")
+    p.add_argument("--compile", action="store_true", help="torch.compile both models' sublayers")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--threads", type=int, help="CPU threads per process; default: its share")
     p.add_argument("--processes", type=int, help="refuse to train on another number of processes")
     args = p.parse_args()
-    for name, value in PRESETS[args.preset].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    for name, least in {
-        "steps": 1,
-        "batch": 1,
-        "length": 2,
-        "prune_steps": 0,
-        "threads": 1,
-        "processes": 1,
-        "twin_layers": 1,
-    }.items():
+    for name, least in LEAST.items():
         if (value := getattr(args, name)) is not None and value < least:
             p.error(f"--{name} {value} must be at least {least}")
-    if args.expansion <= 0:
+    if args.expansion is not None and args.expansion <= 0:
         p.error(f"--expansion {args.expansion} must be above 0")
-    args.output_dir = args.output_dir or f"runs/{Path(args.dense).name}-{args.preset}"
-    if Path(args.output_dir).is_file():
+    if args.dense == "tiny" and args.preset is None:
+        args.preset = "demo"
+    if args.output_dir and Path(args.output_dir).is_file():
         p.error(f"--output_dir {args.output_dir} is a file; name a folder, there or to be made")
     return args
 
@@ -83,67 +96,108 @@ def site_map(text: str) -> dict[int, int]:
     return {d: s for d, s in pairs}
 
 
+def settle(args, dense, device) -> None:
+    """Choose the preset where none was given, and what it leaves open."""
+    import torch
+
+    if args.preset is None:
+        small = dense.model.num_parameters() < 20e6
+        gpu = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+        large = gpu is not None and gpu.total_memory > 70e9
+        args.preset = "demo" if small else "gpt2-80gb" if large else "gpt2-12gb"
+    for name, value in (DEFAULTS | PRESETS[args.preset]).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.output_dir = args.output_dir or f"runs/{Path(args.dense).name}-{args.preset}"
+    limit = getattr(dense.model.config.get_text_config(), "max_position_embeddings", None)
+    if limit and args.length > limit:
+        raise ValueError(f"{args.dense} has {limit} positions; give --length {limit} or less")
+
+
 def main() -> None:
     args = parse()
     import torch
-    from accelerate import Accelerator
+    from accelerate import Accelerator, PartialState
 
-    from bridges import BridgeSet, cotrain, save_run
+    from bridges import compiled, cotrain, save_run
     from dense import DenseModel
-    from sparse import Batches, get_task
+    from sparse import get_task
 
-    for name in args.tasks:
+    for name in args.tasks or ():
         get_task(name)  # an unknown one is told before anything is trained
-    accelerator = Accelerator(mixed_precision=args.mixed_precision)
-    say = accelerator.print
-    share = (os.cpu_count() or 1) // accelerator.num_processes
+    state = PartialState()
+    share = (os.cpu_count() or 1) // state.num_processes
     torch.set_num_threads(args.threads or max(1, share))  # accelerate launch would leave one
     threads = torch.get_num_threads()
-    say(f"{accelerator.num_processes} process(es) on {accelerator.device}, {threads} threads each")
+    state.print(f"{state.num_processes} process(es) on {state.device}, {threads} threads each")
     dense = DenseModel.from_pretrained(args.dense)
-    say(dense.describe())
+    state.print(dense.describe())
     if dense.tokenizer is None:
         raise ValueError(f"{args.dense} has no tokenizer; save one beside the model's weights")
-    sparse, config, shape = design(args, dense)
+    settle(args, dense, state.device)
+    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    say = accelerator.print
+    if args.plan or args.preset.startswith("gpt2"):
+        say(foresee(args, dense, accelerator))
+    if args.plan:
+        return accelerator.end_training()
+    sparse, bridges, config = design(args, dense)
     say(f"twin: {sparse.num_parameters():,} parameters, {config.sparsity.density:.4f} kept")
-    train, heldout, facts = read_text(args, dense.tokenizer)
-    say(f"text: {facts['data']['name']}, {train.numel():,} training tokens")
-    bridges = BridgeSet(shape, seed=args.seed)
-    batches = Batches(train, args.batch, args.seed)
-    cotrain(dense, sparse, bridges, batches, config, heldout.split(16)[:4], accelerator)
+    batches, heldout, means_from, data = read_text(args, dense.tokenizer)
+    say(f"text: {data['name']}, {data.get('tokens', 'streamed')} training tokens")
+    at_once = min(16, max(1, args.batch // (accelerator.num_processes * args.accumulate)))
+    with compiled(dense, sparse) if args.compile else nullcontext():
+        cotrain(dense, sparse, bridges, batches, config, heldout.split(at_once), accelerator)
     if accelerator.is_main_process:
-        facts |= {"command": " ".join(sys.argv), "arguments": vars(args)}
-        run = save_run(
-            args.output_dir,
-            dense,
-            sparse,
-            bridges,
-            heldout=heldout,
-            means_from=train[:256],
-            facts=facts,
-        )
+        facts = {"data": data, "command": " ".join(sys.argv), "arguments": vars(args)}
+        kept = dict(heldout=heldout, means_from=means_from, facts=facts)
+        run = save_run(args.output_dir, dense, sparse, bridges, **kept)
         find_circuits(args, run, say)
         report(args, run, say)
     accelerator.end_training()
 
 
-def read_text(args, tokenizer):
-    """Training blocks, held-out blocks, and what to say of them."""
-    from sparse import load_corpus, pack
+def foresee(args, dense, accelerator) -> str:
+    """Probe the step on this device; return the plan of the run, or of a run's start one line."""
+    from bridges import compiled, plan, probe
+    from sparse import estimated_tokens, load_corpus
 
+    sparse, bridges, config = design(args, dense)  # the probe changes them; training starts anew
+    with compiled(dense, sparse) if args.compile else nullcontext():
+        probed = probe(dense, sparse, bridges, config, args.batch, args.length, accelerator)
+    tokens = 0  # kept on disk
+    if args.plan and not args.stream:
+        tokens = estimated_tokens(load_corpus(args.dataset), dense.tokenizer)
+    world = accelerator.num_processes
+    sizes = dict(batch=args.batch, length=args.length, processes=world, text_tokens=tokens)
+    planned = plan(dense, sparse, bridges, config, **sizes, probe=probed)
+    return f"{args.preset} for {args.dense}\n{planned}" if args.plan else planned.line()
+
+
+def read_text(args, tokenizer):
+    """Batches, held-out blocks, blocks for the node means, and what to say of the text."""
+    from sparse import Batches, StreamingBatches, first_blocks, load_corpus, pack, stream_corpus
+
+    if args.stream:
+        batches = StreamingBatches(stream_corpus(args.dataset), tokenizer, args.length, args.batch)
+        heldout, train = (
+            first_blocks(stream_corpus(args.dataset), tokenizer, args.length, n, part)
+            for n, part in ((64, "validation"), (256, "train"))
+        )
+        return batches, heldout, train, {"name": args.dataset or "Python's own sources"}
     corpus = load_corpus(args.dataset)
     cache = Path(args.output_dir).parent / "tokens"  # shared by the runs beside each other
     train = pack(corpus.train, tokenizer, args.length, cache=cache)
-    heldout = pack(corpus.validation, tokenizer, args.length, cache=cache)
+    heldout = pack(corpus.validation, tokenizer, args.length, cache=cache)[:64]
     data = {"name": corpus.name, "fingerprint": corpus.fingerprint, "tokens": train.numel()}
-    return train, heldout[:64], {"data": data}
+    return Batches(train, args.batch, args.seed), heldout, train[:256], data
 
 
 def design(args, dense):
-    """The twin, its training and the bridges' shape."""
+    """The twin, the bridges and their training."""
     import torch
 
-    from bridges import BridgeConfig, CotrainConfig
+    from bridges import BridgeConfig, BridgeSet, CotrainConfig
     from sparse import SparseGPT, SparseGPTConfig, SparsityConfig, TrainConfig
 
     width = max(16, int(args.expansion * dense.d_resid) // 16 * 16)
@@ -167,14 +221,16 @@ def design(args, dense):
             folder=args.output_dir,
             seed=args.seed,
             evaluate_every=max(1, args.steps // 10),
-            checkpoint_every=max(1, min(100, args.steps // 5)),
+            checkpoint_every=max(1, min(max(100, args.steps // 60), args.steps // 5)),
+            accumulate=args.accumulate,
             mixed_precision=args.mixed_precision,
             processes=args.processes,
         ),
         sparsity=SparsityConfig(density=args.density, embedding_density=min(1, 4 * args.density)),
     )
     config.sparsity.check(sparse)
-    return sparse, config, BridgeConfig.between(dense, sparse, k=width // 4, sites=args.sites)
+    shape = BridgeConfig.between(dense, sparse, k=width // 4, sites=args.sites)
+    return sparse, BridgeSet(shape, seed=args.seed), config
 
 
 def find_circuits(args, run, say) -> None:

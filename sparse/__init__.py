@@ -8,7 +8,7 @@ from .card import Card, Metric
 from .circuit import Circuit
 from .config import SparseGPTConfig
 from .corpus import load_corpus, stream_corpus
-from .data import Batches, StreamingBatches, first_blocks, pack
+from .data import Batches, StreamingBatches, estimated_tokens, first_blocks, pack
 from .mask import last_logits, masked, node_means
 from .model import SparseGPT, SparseGPTModel
 from .pretrain import (
@@ -42,6 +42,7 @@ __all__ = [
     "Task",
     "TrainConfig",
     "abs_topk",
+    "estimated_tokens",
     "first_blocks",
     "gao2025",
     "get_task",

@@ -10,7 +10,7 @@ order, so results differ by rounding only.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -36,8 +36,9 @@ def csr_products(model: nn.Module, min_entries: int = 0) -> Iterator[tuple[str, 
 
     These are the nn.Linear with float32 (or float64) weights on the CPU, of at least `min_entries`
     entries, of which fewer than 1/8 are nonzero; their names are yielded. Every other product,
-    every product under autocast and those of a model under gradient checkpointing (whose backward
-    pass multiplies anew, perhaps outside) run as they do without the context.
+    every product under autocast, those of a model under gradient checkpointing (whose backward
+    pass multiplies anew, perhaps outside) and those of one whose sublayers are compiled
+    (`bridges.compiled`) run as they do without the context.
 
     The weights are read once, at the entry: changing one inside is a ValueError at its next use
     (as far as torch sees the change; a write through `.data` is not seen). Gradients are those of
@@ -45,19 +46,23 @@ def csr_products(model: nn.Module, min_entries: int = 0) -> Iterator[tuple[str, 
     in x reaches the outputs that have a weight for it, and not all of them.
     """
     matrices, names = {}, []
-    linears = [] if _checkpoints(model) else model.named_modules()
+    linears = [] if _checkpoints(model) or _is_compiled(model) else model.named_modules()
     for name, module in linears:
         if not isinstance(module, nn.Linear) or module.weight.numel() < min_entries:
             continue
         if matrix := _compress(name, module.weight):
             matrices[id(module.weight)] = matrix
             names.append(name)
-    with _Products(matrices):
+    with _Products(matrices) if matrices else nullcontext():  # a mode would be traced
         yield tuple(names)
 
 
 def _checkpoints(model: nn.Module) -> bool:
     return any(m.training and getattr(m, "gradient_checkpointing", False) for m in model.modules())
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    return any("attend" in vars(m) for m in model.modules())
 
 
 class _Matrix:

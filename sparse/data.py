@@ -25,8 +25,8 @@ from transformers import PreTrainedTokenizerBase
 from .corpus import Corpus, is_validation, load_corpus, stream_corpus, text_of
 from .files import replace_files
 
-__all__ = ["Batches", "Corpus", "StreamingBatches", "first_blocks", "load_corpus", "pack"]
-__all__ += ["stream_corpus"]
+__all__ = ["Batches", "Corpus", "StreamingBatches", "estimated_tokens", "first_blocks"]
+__all__ += ["load_corpus", "pack", "stream_corpus"]
 
 
 def pack(
@@ -69,6 +69,14 @@ def pack(
     if stored is not None:
         replace_files(stored.parent, {stored.name: save({"blocks": blocks.contiguous()})})
     return blocks.long()
+
+
+def estimated_tokens(corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return about how many tokens `pack` would make of a corpus, from 64 of its documents."""
+    texts = [*corpus.train, *corpus.validation]
+    some = texts[:: max(1, len(texts) // 64)]
+    tokens = sum(len(ids) + 1 for ids in _encode(tokenizer, some))
+    return round(tokens * sum(map(len, texts)) / sum(map(len, some)))
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:

@@ -25,8 +25,8 @@ ORDER = {  # package: its modules; each may import only those before it
     "prune release_files release_config release_tokenizer release_circuit "
     "release_write release",
     "dense": "twin identity inputs sites split passes proof load model delta edit",
-    "bridges": "losses models settings sitemap bridge hybrid cotraining probing kept planning "
-    "run change directions intervene transfer",
+    "bridges": "losses models settings sitemap bridge hybrid cotraining compiling probing kept "
+    "planning run change directions intervene transfer",
     "evals": "scores bench bridge circuit transfer report charts view run __main__",
 }
 PACKAGES = tuple(ORDER)

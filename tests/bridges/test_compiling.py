@@ -1,0 +1,91 @@
+"""A compiled step is the plain step: losses, gradients, names; and nothing is left behind.
+
+In a process of its own without jaxtyping, whose checks cannot be traced (house style, shapes).
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+CODE = """
+import json, torch
+from torch._dynamo.utils import counters
+from transformers import GPT2Config, GPT2LMHeadModel
+from bridges import BridgeConfig, BridgeSet, CotrainConfig, compiled
+from bridges.cotraining import Cotraining
+from dense import DenseModel
+from sparse import SparseGPT, SparseGPTConfig, SparsityConfig, TrainConfig
+from sparse.csr import csr_products
+from sparse.project import project_model_
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+shape = dict(vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=32)
+dense = DenseModel(GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=0, eos_token_id=0)))
+shape = dict(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, head_dim=8)
+shape |= dict(intermediate_size=64, positions="learned", initializer_range=0.3)
+sparse = SparseGPT(SparseGPTConfig(**shape))
+bridges = BridgeSet(BridgeConfig.between(dense, sparse, k=8))
+config = CotrainConfig(
+    train=TrainConfig(steps=10, folder="unused"),
+    sparsity=SparsityConfig(density=0.1, embedding_density=0.3, floor=1),
+)
+module = Cotraining(dense, sparse, bridges, config)
+project_model_(module.plan, (0.1, 0.3))
+
+def step(i):
+    ids = torch.randint(50, (6, 12), generator=torch.Generator().manual_seed(i))
+    module.zero_grad()
+    losses = module(ids, i)
+    sum(losses.values()).backward()
+    grads = {name: p.grad.clone() for name, p in module.named_parameters()}
+    return {name: x.item() for name, x in losses.items()}, grads
+
+names = [*module.state_dict()]
+want = [step(i) for i in range(3)]
+with csr_products(sparse) as plain_products:
+    pass
+with compiled(dense, sparse, backend="aot_eager"):
+    got = [step(i) for i in range(3)]
+    inside = [*module.state_dict()]
+    with csr_products(sparse) as compiled_products:
+        pass
+graphs = counters["stats"]["unique_graphs"]
+block = sparse.model.blocks[0]
+pairs = [*zip(want, got)]
+print(json.dumps({
+    "losses": max(abs(a[k] - b[k]) for (a, _), (b, _) in pairs for k in a),
+    "gradients": max(
+        float((a[k] - b[k]).abs().max() / a[k].abs().max().clamp(min=1e-6))
+        for (_, a), (_, b) in pairs for k in a
+    ),
+    "another step": max(abs(want[0][0][k] - got[1][0][k]) for k in want[0][0]),
+    "same names": names == inside == [*module.state_dict()],
+    "left behind": "attend" in vars(block) or "think" in vars(block),
+    "products": [len(plain_products), len(compiled_products)],
+    "graphs": graphs,
+    "breaks": sum(counters["graph_break"].values()),
+}))
+"""
+
+
+def test_a_compiled_step_has_the_losses_gradients_and_names_of_the_plain_one():
+    environment = {"JAXTYPING_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", CODE],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    out = json.loads(done.stdout.splitlines()[-1])
+    assert out["losses"] < 1e-5 and out["gradients"] < 1e-4, out
+    assert out["another step"] > 1e-2, out  # control
+    assert out["same names"] and not out["left behind"], out
+    assert out["products"][0] > 0 == out["products"][1], out  # compressed rows are not traced
+    assert 4 <= out["graphs"] < 16 and not out["breaks"], out  # as many at ten layers: shared

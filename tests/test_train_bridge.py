@@ -1,0 +1,141 @@
+"""The main job's plan, presets and streamed text; tests/test_examples.py runs it whole."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+from bridges import plan
+from dense.load import TINY
+from sparse import StreamingBatches, first_blocks, stream_corpus
+
+SCRIPT = str(Path(__file__).resolve().parents[1] / "examples" / "train_bridge.py")
+CARDS = {"gpt2-80gb": 80e9, "gpt2-12gb": 12e9}  # bytes
+
+
+@pytest.fixture
+def job(monkeypatch):
+    """`job(*flags)`: the names of the script, and what its flags say."""
+
+    def open_(*flags):
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        monkeypatch.setattr(sys, "argv", ["train_bridge.py", *flags])
+        names = SimpleNamespace(**runpy.run_path(SCRIPT))
+        return names, names.parse()
+
+    return open_
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder like GPT-2's: config, weights and tokenizer."""
+    path = tmp_path_factory.mktemp("a model") / "small-gpt2"
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    ends = dict(bos_token_id=0, eos_token_id=0)
+    shape = dict(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=64)
+    GPT2LMHeadModel(GPT2Config(**shape, **ends)).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def write_text(folder):
+    rows = [json.dumps({"text": f"def f_{i}(x):\n    return 'x' * {i}\n" * 9}) for i in range(99)]
+    (folder / "text").mkdir()
+    for i in range(3):
+        (folder / "text" / f"{i}.jsonl").write_text("\n".join(rows[33 * i : 33 * i + 33]))
+
+
+@pytest.mark.parametrize("extra", [(), ("--stream", "--accumulate", "2")])
+def test_a_plan_is_printed_and_nothing_is_written(extra, folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_text(tmp_path)
+    before = sorted(tmp_path.rglob("*")), sorted(folder.rglob("*"))
+    flags = ["--dense", str(folder), "--dataset", "text", "--output_dir", "runs/new", "--plan"]
+    flags += ["--steps", "12", "--batch", "4", "--length", "16", "--threads", "1", *extra]
+    monkeypatch.setattr(sys, "argv", ["train_bridge.py", *flags])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    runpy.run_path(SCRIPT, run_name="__main__")  # a return is exit code 0
+    said = capsys.readouterr().out
+    assert (sorted(tmp_path.rglob("*")), sorted(folder.rglob("*"))) == before
+    n = sum(p.numel() for p in GPT2LMHeadModel.from_pretrained(folder).parameters())
+    lines = {line[:38].strip(): line[38:].strip() for line in said.splitlines()}
+    assert lines["dense"] == f"{n:,}" and lines["tokens"] == f"{12 * 4 * 16:,}"
+    assert float(lines["hours for the run"]) > 0 and float(lines["GB, resident peak (VmHWM)"]) > 0
+    assert f"demo for {folder}" in said  # a small model takes no preset of GPT-2's
+    assert lines["passes per step"] == ("2" if extra else "1")
+
+
+def full_shape():
+    """What the plan and the design read of a GPT-2; its weights have shapes and no contents."""
+    return SimpleNamespace(
+        model=GPT2LMHeadModel(GPT2Config()),
+        tokenizer=SimpleNamespace(eos_token_id=50256),
+        n_layers=12,
+        n_sites=25,
+        d_resid=768,
+        vocab_size=50257,
+        **dict.fromkeys(("residuals", "resume", "joined", "unembed"), print),
+    )
+
+
+@pytest.mark.parametrize("preset", CARDS)
+def test_a_preset_for_gpt2_fits_its_card_and_fills_it(preset, job):
+    names, args = job("--dense", "gpt2", "--preset", preset)
+    with FakeTensorMode():
+        dense = full_shape()
+        names.settle(args, dense, torch.device("cpu"))
+        sparse, bridges, config = names.design(args, dense)
+    p = plan(dense, sparse, bridges, config, args.batch, args.length)
+    assert not p.unknown
+    assert 0.5 * CARDS[preset] < p.memory < 0.9 * CARDS[preset], p.line()
+    assert (p.dense_parameters, p.mixed_precision) == (124_439_808, "bf16")
+    assert args.stream and args.length <= 1024
+    if preset == "gpt2-80gb":
+        assert p.memory > 2 * CARDS["gpt2-12gb"]  # control: it is no preset for the small card
+
+
+def test_the_preset_follows_the_model_and_the_device(job, monkeypatch):
+    def chosen(parameters, device, gigabytes=0.0, dense="gpt2", *flags):
+        found = SimpleNamespace(total_memory=gigabytes * 1e9)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: found)
+        names, args = job("--dense", dense, *flags)
+        config = GPT2Config()
+        model = SimpleNamespace(num_parameters=lambda: parameters, config=config)
+        names.settle(args, SimpleNamespace(model=model), torch.device(device))
+        return args
+
+    assert chosen(124e6, "cuda", 85).preset == "gpt2-80gb"
+    assert chosen(124e6, "cuda", 16).preset == chosen(124e6, "cpu").preset == "gpt2-12gb"
+    assert chosen(1e6, "cuda", 85, "small").preset == chosen(1e6, "cpu", 0, "tiny").preset == "demo"
+    args = chosen(124e6, "cpu", 0, "gpt2", "--no-stream", "--accumulate", "2", "--steps", "9")
+    assert (args.stream, args.accumulate, args.steps, args.length) == (False, 2, 9, 512)
+    assert args.output_dir == "runs/gpt2-gpt2-12gb"
+    with pytest.raises(ValueError, match="1024 positions; give --length 1024 or less"):
+        chosen(124e6, "cpu", 0, "gpt2", "--length", "2000")
+
+
+def test_a_streamed_run_reads_what_streaming_batches_promise(job, tmp_path):
+    write_text(tmp_path)
+    text, tokenizer = tmp_path / "text", AutoTokenizer.from_pretrained(TINY)
+    names, args = job("--dataset", str(text), "--preset", "smoke", "--stream")
+    args.batch, args.length = 4, 16
+    batches, heldout, train, data = names.read_text(args, tokenizer)
+    want = StreamingBatches(stream_corpus(text), tokenizer, 16, 4)
+    for _, a, b in zip(range(3), batches, want, strict=False):
+        assert torch.equal(a, b)
+    state = json.loads(json.dumps(batches.state_dict()))
+    again = names.read_text(args, tokenizer)[0]
+    again.load_state_dict(state)
+    assert torch.equal(next(iter(again)), next(iter(want)))
+    assert torch.equal(heldout, first_blocks(stream_corpus(text), tokenizer, 16, 64))
+    assert torch.equal(train, first_blocks(stream_corpus(text), tokenizer, 16, 256, "train"))
+    assert data["name"] == str(text) and "tokens" not in data
+    seen = {tuple(row) for row in train.tolist()}
+    assert not seen & {tuple(row) for row in heldout.tolist()}

@@ -2,6 +2,7 @@
 
     python benchmarks/cotraining.py                      # L4, L12 and W: times and memory
     python benchmarks/cotraining.py --sizes S M --repeats 3
+    python benchmarks/cotraining.py --sizes L12-6        # a twin of 6 layers under 12
     python benchmarks/cotraining.py --gpt2 --repeats 3   # GPT-2's full shape, a few steps
 
 Times are CPU seconds of one thread, which other load disturbs less than the clock. Ratios are
@@ -47,6 +48,7 @@ from sparse.train import TrainConfig, scale_
 
 SIZES = {  # layers, dense width, sparse width, vocabulary, positions, sequences
     "check": (2, 16, 32, 50, 12, 3),
+    "check-deep": (4, 16, 32, 50, 12, 3),
     "S": (2, 64, 256, 2048, 128, 8),
     "L4": (4, 64, 256, 4096, 128, 4),
     "L12": (12, 64, 192, 4096, 64, 2),
@@ -54,6 +56,8 @@ SIZES = {  # layers, dense width, sparse width, vocabulary, positions, sequences
     "M": (4, 128, 512, 4096, 128, 8),
     "gpt2": (12, 768, 1024, 50257, 64, 2),
 }
+SIZES["L12-6"] = SIZES["L12"]
+TWIN_LAYERS = {"check-deep": 2, "L12-6": 6}  # where the twin has not the dense depth
 VARIANTS = {  # name: fields of CotrainConfig
     "exact": dict(hybrid_sites="all"),
     "sampled": dict(),
@@ -74,7 +78,8 @@ def build(size: str, fields: dict, dtype=torch.float32, density=1 / 64):
     layers, d_dense, d, vocab, n_pos, batch = SIZES[size]
     torch.manual_seed(0)
     dense = DenseModel(gpt2(layers, d_dense, vocab, n_pos).to(dtype))
-    shape = dict(vocab_size=vocab, hidden_size=d, num_hidden_layers=layers, head_dim=16)
+    shape = dict(vocab_size=vocab, hidden_size=d, head_dim=16)
+    shape |= dict(num_hidden_layers=TWIN_LAYERS.get(size, layers))
     shape |= dict(num_attention_heads=d // 16, intermediate_size=4 * d)
     sparse = SparseGPT(SparseGPTConfig(**shape)).to(dtype)
     bridges = BridgeSet(BridgeConfig.between(dense, sparse, k=d // 4)).to(dtype)
@@ -172,30 +177,32 @@ class Plain:
     def losses(self, ids: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """Return the total and the buffers: (what was cut, the leaf in its place)."""
         dense, sparse, bridges = self.module.dense.model, self.module.sparse, self.module.bridges
-        n_sites = sparse.n_sites
+        pairs = bridges.config.pairs  # dense site to sparse site
         with torch.no_grad():
             h = [dense.transformer.wte(ids) + dense.transformer.wpe(torch.arange(ids.shape[1]))]
-            for s in range(n_sites - 1):
+            for s in range(2 * len(dense.transformer.h)):
                 h.append(dense_sublayer(dense, s, h[-1]))
             y = dense.lm_head(dense.transformer.ln_f(h[-1]))
         z = [sparse.model.wte(ids)]
-        for s in range(n_sites - 1):
+        for s in range(sparse.n_sites - 1):
             z.append(sparse_sublayer(sparse, s, z[-1]))
         x = sparse.lm_head(sparse.model.norm(z[-1]))
         predicted = x[:, :-1].flatten(0, 1)
         total = F.cross_entropy(predicted, ids[:, 1:].flatten()) + plain_kl(x, y)
         buffers = []
-        for s in range(n_sites):
-            fit_z = nmse(self.encode(s, h[s]), z[s].detach())
-            total = total + (fit_z + nmse(bridges.decode(s, z[s]), h[s])) / n_sites
-            for made in (self.encode(s, h[s]), bridges.decode(s, z[s])):
+        for s, at in pairs.items():
+            fit_z = nmse(self.encode(s, h[s]), z[at].detach())
+            total = total + (fit_z + nmse(bridges.decode(s, z[at]), h[s])) / len(pairs)
+            for made in (self.encode(s, h[s]), bridges.decode(s, z[at])):
                 buffers.append((made, made.detach().requires_grad_()))
             up, down = buffers[-2][1], buffers[-1][1]
-            for t in range(s, n_sites - 1):
-                up, down = sparse_sublayer(sparse, t, up), dense_sublayer(dense, t, down)
+            for t in range(at, len(z) - 1):
+                up = sparse_sublayer(sparse, t, up)
+            for t in range(s, len(h) - 1):
+                down = dense_sublayer(dense, t, down)
             up = sparse.lm_head(sparse.model.norm(up))
             down = dense.lm_head(dense.transformer.ln_f(down))
-            total = total + (plain_kl(up, y) + plain_kl(down, y)) / n_sites
+            total = total + (plain_kl(up, y) + plain_kl(down, y)) / len(pairs)
         return total, buffers
 
     def encode(self, s: int, h: Tensor) -> Tensor:
@@ -239,7 +246,7 @@ class DenseStep:
 
     def __init__(self, size: str) -> None:
         layers, _, d, vocab, n_pos, _ = SIZES[size]
-        self.model = gpt2(layers, d, vocab, n_pos)
+        self.model = gpt2(TWIN_LAYERS.get(size, layers), d, vocab, n_pos)
         self.adam = torch.optim.AdamW(self.model.parameters(), lr=1e-5)
 
     def step(self, ids: Tensor) -> None:
@@ -252,7 +259,7 @@ class DenseStep:
 # ---- measuring
 
 
-def check() -> None:
+def check(size: str) -> None:
     """Gradients of the exact step and of the baseline, float64; and a control that differs."""
 
     def gradient(params, total) -> Tensor:
@@ -262,7 +269,7 @@ def check() -> None:
 
     grads = {}
     for name in ("exact", "sampled"):
-        module, ids = build("check", VARIANTS[name], torch.float64, density=1.0)
+        module, ids = build(size, VARIANTS[name], torch.float64, density=1.0)
         params = list(module.parameters())
         grads[name] = gradient(params, sum(module(ids, 5).values()))
     plain = Plain(module)
@@ -271,7 +278,7 @@ def check() -> None:
     scale = want.abs().max()
     error = (grads["exact"] - want).abs().max() / scale
     other = (grads["sampled"] - want).abs().max() / scale
-    print(f"gradients, float64, largest difference / largest entry: {error:.1e}", end="")
+    print(f"{size}: gradients, float64, largest difference / largest entry: {error:.1e}", end="")
     print(f" (control, sampled sites: {other:.1e})")
     if not error <= 1e-12 < other:
         raise SystemExit("the exact step's gradients are not the baseline's")
@@ -371,7 +378,8 @@ def main() -> None:
     elif args.gpt2 is not None:
         full_gpt2(args.repeats, args.gpt2 or how)
     else:
-        check()
+        check("check")
+        check("check-deep")
         for size in args.sizes:
             times(size, args.repeats)
             if not args.no_memory:

@@ -26,6 +26,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -33,12 +34,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from timing import quartiles
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging
 
-from bridges import BridgeConfig, BridgeSet, CotrainConfig
+from bridges import BridgeConfig, BridgeSet, CotrainConfig, Plan, plan, probe
 from bridges.cotraining import Cotraining
 from bridges.losses import nmse
 from dense import DenseModel
@@ -55,6 +57,7 @@ SIZES = {  # layers, dense width, sparse width, vocabulary, positions, sequences
     "W": (2, 128, 1024, 4096, 128, 4),
     "M": (4, 128, 512, 4096, 128, 8),
     "gpt2": (12, 768, 1024, 50257, 64, 2),
+    "gpt2-80gb": (12, 768, 2048, 50257, 512, 32),  # a pass of that preset of train_bridge.py
 }
 SIZES["L12-6"] = SIZES["L12"]
 TWIN_LAYERS = {"check-deep": 2, "L12-6": 6}  # where the twin has not the dense depth
@@ -340,7 +343,15 @@ def memory(size: str) -> None:
 
 
 def full_gpt2(n_steps: int, names: Sequence[str]) -> None:
-    """A few steps with a dense model of GPT-2's shape and a twin of width 1024."""
+    """A few steps with a dense model of GPT-2's shape, and what 1 B tokens of them would take.
+
+    On a CPU: a twin of width 1024, fp32, CPU seconds of one thread. On CUDA: a pass of the preset
+    for 80 GB, bf16, by the clock.
+    """
+    if torch.cuda.is_available():
+        for name in names:
+            print(name, gpt2_on_a_card(name), sep="\n")
+        return
     layers, width, d, vocab, n_pos, batch = SIZES["gpt2"]
     print(f"dense: {layers} layers, {width} wide, {vocab} tokens; twin: {d} wide, density 1/64")
     for name in names:
@@ -354,12 +365,27 @@ def full_gpt2(n_steps: int, names: Sequence[str]) -> None:
             run.step(ids)
             took.append(time.process_time() - start)
         mid = torch.tensor(took).median().item()
+        m = run.module
+        planned = plan(m.dense, m.sparse, m.bridges, m.config, batch, n_pos)
+        rate = ids.numel() / mid
         print(
             f"{name:8} {n / 1e6:.0f} M trained parameters, {batch} x {n_pos} tokens: "
-            f"{mid:.1f} s a step, {ids.numel() / mid:.1f} tokens/s, peak {peak_kb() / 1e6:.1f} GB, "
-            f"of which the step {(peak_kb() - before) / 1e6:.2f} GB"
+            f"{mid:.1f} s a step, {rate:.1f} tokens/s, {1e9 / rate / 3600:,.0f} hours for 1 B "
+            f"tokens, peak {peak_kb() * 1024e-9:.2f} GB, of which the step "
+            f"{(peak_kb() - before) * 1024e-9:.2f} GB; the plan said {planned.memory * 1e-9:.2f} GB"
+            f" without the libraries, of which the step {sum(planned.step.values()) * 1e-9:.2f} GB"
         )
-        del run
+        del run, m
+
+
+def gpt2_on_a_card(name: str) -> Plan:
+    """Return the plan of a run of such passes, probed."""
+    *_, n_pos, batch = SIZES["gpt2-80gb"]
+    module, _ = build("gpt2-80gb", VARIANTS[name])
+    train = replace(module.config.train, mixed_precision="bf16", folder="unused")
+    models = (module.dense, module.sparse, module.bridges, replace(module.config, train=train))
+    found = probe(*models, batch, n_pos, Accelerator(mixed_precision="bf16"), seconds=120)
+    return plan(*models, batch, n_pos, probe=found)
 
 
 def main() -> None:

@@ -50,8 +50,8 @@ def evaluate_circuit(
     """Score `circuit` on a split of its task, beside `draws` random circuits of equal size.
 
     `nonsense` is what `prune` found for the nonsense twin of the task, the control of the size;
-    `equal_size` its circuit of as many nodes (`nonsense_at_size`): a low loss there too means the
-    method is over-expressive. `means` serve a second row where the circuit's own ablation is zero
+    `equal_size` its circuit of as many nodes (`nonsense_at_size`), the one row where both are of
+    one size: a low loss there too means the method is over-expressive. `means` serve a second row where the circuit's own ablation is zero
     (default: from its source folder, else no row). A circuit of another model is a ValueError.
     """
     circuit.check(model)
@@ -92,7 +92,7 @@ def evaluate_circuit(
     rows.append(row("KL(full || circuit)", fidelity, drawn, detail=detail))
     bar.close()
     rows += _sizes(model, circuit, drawn, nonsense)
-    twins = (twin for twin in (equal_size, nonsense) if twin is not None)
+    twins = reversed({len(t): t for t in (nonsense, equal_size) if t is not None}.values())
     return rows + [_nonsense(model, circuit, twin, tokenizer, batch, seed) for twin in twins]
 
 

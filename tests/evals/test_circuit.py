@@ -67,6 +67,11 @@ def test_the_nonsense_twin_of_equal_size_stands_beside_the_circuit(sparse, found
     row = next(r for r in rows if r.name.startswith("nonsense twin"))
     assert f"{len(found)} nodes" in row.name and row.n_draws == 1
     assert row.verdict.startswith("better than the nonsense twin's circuit")
+    # what `prune` found may have that very size: still one row of that name, as a report needs
+    again = evaluate_circuit(
+        sparse, found, dense.tokenizer, draws=2, equal_size=twin, nonsense=twin.random(sparse, 1)
+    )
+    assert [r for r in again if r.name.startswith("nonsense twin")] == [row]
 
 
 def test_the_ranking_of_the_pruned_twin_saves_learning_it_again(sparse, found, dense, monkeypatch):

@@ -51,8 +51,9 @@ def evaluate_circuit(
 
     `nonsense` is what `prune` found for the nonsense twin of the task, the control of the size;
     `equal_size` its circuit of as many nodes (`nonsense_at_size`), the one row where both are of
-    one size: a low loss there too means the method is over-expressive. `means` serve a second row where the circuit's own ablation is zero
-    (default: from its source folder, else no row). A circuit of another model is a ValueError.
+    one size: a low loss there too means the method is over-expressive. `means` serve a second row
+    where the own ablation is zero (default: from its source folder, else no row). A circuit of
+    another model is a ValueError.
     """
     circuit.check(model)
     batch = circuit.task.batch(tokenizer, split).to(next(model.parameters()).device)

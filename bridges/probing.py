@@ -101,8 +101,10 @@ def probe(
         found = _try(dense, sparse, bridges, config, n * world, length, accelerator)
         if isinstance(found, str):
             return replace(best, failed=f"{n} x {length} tokens a process: {found}")
-        best, spent = found, perf_counter() - began
-        if n == most or spent + 2 * (1 + TIMED) * (found.seconds or 0) > seconds:
+        # of several processes the slowest counts, and all go on or none
+        took = _slowest(found.seconds or 0.0, accelerator)
+        best, spent = replace(found, seconds=took), _slowest(perf_counter() - began, accelerator)
+        if n == most or spent + 2 * (1 + TIMED) * took > seconds:
             return best
         n = min(2 * n, most)
 
@@ -154,6 +156,11 @@ def _try(
         module.zero_grad(set_to_none=True)
         accelerator.free_memory()
     raise AssertionError("fit ended before the probe stopped it")
+
+
+def _slowest(seconds: float, accelerator: Accelerator) -> float:
+    mine: Any = torch.tensor([seconds], device=accelerator.device)
+    return float(accelerator.gather(mine).max())  # pyright: ignore
 
 
 def _name(device: torch.device) -> str:

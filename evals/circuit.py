@@ -50,10 +50,9 @@ def evaluate_circuit(
     """Score `circuit` on a split of its task, beside `draws` random circuits of equal size.
 
     `nonsense` is what `prune` found for the nonsense twin of the task, the control of the size;
-    `equal_size` its circuit of as many nodes (`nonsense_at_size`), the one row where both are of
-    one size: a low loss there too means the method is over-expressive. `means` serve a second row
-    where the own ablation is zero (default: from its source folder, else no row). A circuit of
-    another model is a ValueError.
+    `equal_size` its circuit of as many nodes (`nonsense_at_size`; one row if both are of one size):
+    a low loss there too means the method is over-expressive. `means` serve a second row where the
+    ablation is zero (default: its source folder's, or no row). ValueError for another's circuit.
     """
     circuit.check(model)
     batch = circuit.task.batch(tokenizer, split).to(next(model.parameters()).device)

@@ -226,7 +226,7 @@ def design(args, dense):
             mixed_precision=args.mixed_precision,
             processes=args.processes,
         ),
-        sparsity=SparsityConfig(density=args.density, embedding_density=min(1, 4 * args.density)),
+        sparsity=SparsityConfig(density=args.density, embedding_density=min(1.0, 4 * args.density)),
     )
     config.sparsity.check(sparse)
     shape = BridgeConfig.between(dense, sparse, k=width // 4, sites=args.sites)

@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from bridges import plan
+from bridges import cotrain, plan
+from dense import DenseModel
 from dense.load import TINY
 from sparse import StreamingBatches, first_blocks, stream_corpus
 
@@ -139,3 +141,29 @@ def test_a_streamed_run_reads_what_streaming_batches_promise(job, tmp_path):
     assert data["name"] == str(text) and "tokens" not in data
     seen = {tuple(row) for row in train.tolist()}
     assert not seen & {tuple(row) for row in heldout.tolist()}
+
+
+def test_a_streamed_run_cut_in_two_ends_with_the_weights_of_an_undisturbed_one(
+    job, folder, tmp_path
+):
+    write_text(tmp_path)
+    dense = DenseModel.from_pretrained(folder)
+
+    def run(name, cut=False):
+        flags = ["--dense", str(folder), "--dataset", str(tmp_path / "text"), "--preset", "smoke"]
+        flags += ["--stream", "--accumulate", "2", "--density", "0.5"]
+        flags += ["--output_dir", str(tmp_path / name)]
+        names, args = job(*flags)
+        names.settle(args, dense, torch.device("cpu"))
+        sparse, bridges, config = names.design(args, dense)
+        batches = names.read_text(args, dense.tokenizer)[0]
+        cotrain(dense, sparse, bridges, batches, config)
+        if cut:
+            shutil.rmtree(tmp_path / name / "checkpoints" / "step-00000006")
+        return torch.cat([p.detach().flatten() for p in sparse.parameters()])
+
+    whole = run("whole")
+    run("cut", cut=True)
+    assert torch.equal(run("cut"), whole)
+    log = (tmp_path / "cut" / "log.jsonl").read_text()
+    assert log.count('"step": 6') >= 1 and (tmp_path / "cut/checkpoints/step-00000005").is_dir()

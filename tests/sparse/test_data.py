@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from sparse.corpus import is_validation, load_corpus, stream_corpus
-from sparse.data import Batches, StreamingBatches, first_blocks, pack
+from sparse.data import Batches, StreamingBatches, estimated_tokens, first_blocks, pack
 
 
 def byte_tokenizer(eos="<eos>"):
@@ -287,3 +287,14 @@ def test_first_blocks_are_those_of_packing_and_end_with_the_text(tmp_path):
         assert torch.equal(first_blocks(stream_corpus(folder), tokenizer, 8, 9999, part), want)
     with pytest.raises(ValueError, match="part 'validation' hold fewer than one block of 5000"):
         first_blocks(stream_corpus(folder), tokenizer, 5000, 1)
+
+
+def test_the_estimate_of_tokens_is_exact_for_few_documents_and_close_for_many(tmp_path):
+    folder, tokenizer = write_files(tmp_path), byte_tokenizer()
+    corpus = load_corpus(folder)
+    texts = corpus.train + corpus.validation
+    assert estimated_tokens(corpus, tokenizer) == sum(len(t.encode()) + 1 for t in texts)
+    (tmp_path / "d.txt").write_text("<|endoftext|>".join(TEXTS))
+    corpus = load_corpus(folder)
+    exact = sum(len(t.encode()) + 1 for t in corpus.train + corpus.validation)
+    assert estimated_tokens(corpus, tokenizer) == pytest.approx(exact, rel=0.05)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .bridge import BridgeConfig, BridgeSet
     from .compiling import compiled
-    from .cotraining import cotrain
+    from .cotraining import cotrain, validate
     from .intervene import DenseCircuit
     from .planning import Plan, plan
     from .probing import Probe, probe
@@ -37,6 +37,7 @@ __all__ = [
     "plan",
     "probe",
     "save_run",
+    "validate",
 ]
 
 _HOME = {
@@ -52,6 +53,7 @@ _HOME = {
     "probe": "probing",
     "even_sites": "sitemap",
     "fit_sites": "sitemap",
+    "validate": "cotraining",
     "Run": "run",
     "load_run": "run",
     "save_run": "run",

@@ -88,7 +88,8 @@ def losses(
 class Part(NamedTuple):
     """Which of a batch's equal parts this is, and what it needs of the whole."""
 
-    index: int
+    number: int
+    """From 0."""
     of: int
     """Number of parts."""
     whole: Sequence[Moments] | None

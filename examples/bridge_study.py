@@ -36,6 +36,8 @@ CELLS = {  # name: (what is asked, fields of CotrainConfig, of the twin, of the 
     "no cross entropy": ("weights", dict(weights=dict(ce=0.0)), {}, {}, 0),
     "hybrids twice": ("weights", dict(weights=dict(hybrid=2.0)), {}, {}, 0),
     "errors half": ("weights", dict(weights=dict(nmse=0.5)), {}, {}, 0),
+    "k = d/2, both rates higher": ("together", dict(lr=6e-2, bridge_lr=1e-2), {}, dict(k=2 * K), 0),
+    "k = d/2, twin rate higher, uncentred": ("together", dict(lr=6e-2, calibration_tokens=0), {}, dict(k=2 * K), 0),
     "three times the width": ("twin", {}, dict(hidden_size=384), dict(k=96), 0),
 }
 COLUMNS = {  # of the table: key of `validate`, heading
@@ -84,8 +86,7 @@ def train_cell(args, cell, folder, dense, train, heldout) -> dict[str, float]:
 
     import torch
 
-    from bridges import BridgeConfig, BridgeSet, CotrainConfig, Weights, cotrain
-    from bridges.cotraining import validate
+    from bridges import BridgeConfig, BridgeSet, CotrainConfig, Weights, cotrain, validate
     from sparse import Batches, SparseGPT, SparseGPTConfig, SparsityConfig, TrainConfig
 
     _, fields, twin, shape, seed = CELLS[cell]

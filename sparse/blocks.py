@@ -43,11 +43,13 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, r, w = ctx.saved_tensors
-        dy_x = dy * x
-        dw = (dy_x.flatten(0, -2).t() @ r.flatten()) if ctx.needs_input_grad[1] else None
-        if not ctx.needs_input_grad[0]:
-            return None, dw, None
-        c = (dy_x @ w).unsqueeze(-1) * r**3 / len(w)
+        dy_x, dw = dy * x, None
+        with torch.autocast("cpu", enabled=False):  # its products would be rounded to bf16
+            if ctx.needs_input_grad[1]:
+                dw = dy_x.flatten(0, -2).t() @ r.flatten()
+            if not ctx.needs_input_grad[0]:
+                return None, dw, None
+            c = (dy_x @ w).unsqueeze(-1) * r**3 / len(w)
         return torch.mul(dy, w, out=dy_x).mul_(r).addcmul_(x, c, value=-1), dw, None
 
 

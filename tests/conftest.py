@@ -44,6 +44,7 @@ SMOKE = {  # example: what is appended to its README command to make it small (t
     "--output_dir runs/tiny-demo",
     "quickstart.py": "--draws 5",
     "sparsity_study.py": "--dataset text.txt --steps 2 --prune_steps 2 --seeds 1",
+    "bridge_study.py": "--dataset text.txt --steps 2 --cells default",
     "find_circuit.py": "--prune_steps 4",
     "map_to_dense.py": "",
     "evaluate.py": "--draws 4",

@@ -11,12 +11,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = {path.name: path for path in sorted((ROOT / "examples").glob("*.py"))}
-JOBS = {"train_bridge.py", "train_dense.py", "train_sparse.py", "sparsity_study.py"}
+JOBS = {"train_bridge.py", "train_dense.py", "train_sparse.py"}
+JOBS |= {"sparsity_study.py", "bridge_study.py"}
 THIN = sorted(EXAMPLES.keys() - JOBS)
 PRINTS = {  # example: what it must have printed
     "train_bridge.py": "process(es) on",
     "quickstart.py": "steering",
     "sparsity_study.py": "wrote",
+    "bridge_study.py": "| default |",
     "find_circuit.py": "saved in",
     "map_to_dense.py": "strength 1.0",
     "evaluate.py": "wrote",

@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 K = 64  # entries an encoder keeps of 256
+HALF = dict(k=2 * K)
 CELLS = {  # name: (what is asked, fields of CotrainConfig, of the twin, of the bridges, seed)
     "default": ("", {}, {}, {}, 0),
     "default, seed 1": ("noise", {}, {}, {}, 1),
@@ -26,7 +27,7 @@ CELLS = {  # name: (what is asked, fields of CotrainConfig, of the twin, of the 
     "2 sites per sequence": ("hybrid passes", dict(sites_per_sequence=2), {}, {}, 0),
     "all sites": ("hybrid passes", dict(hybrid_sites="all"), {}, {}, 0),
     "k = d/16": ("encoder", {}, {}, dict(k=K // 4), 0),
-    "k = d/2": ("encoder", {}, {}, dict(k=2 * K), 0),
+    "k = d/2": ("encoder", {}, {}, HALF, 0),
     "k = d": ("encoder", {}, {}, dict(k=4 * K), 0),
     "decoder detached": ("gradient flow", dict(decoder_trains_trunk=False), {}, {}, 0),
     "twin rate 1.5e-2": ("learning rates", dict(lr=1.5e-2), {}, {}, 0),
@@ -36,8 +37,8 @@ CELLS = {  # name: (what is asked, fields of CotrainConfig, of the twin, of the 
     "no cross entropy": ("weights", dict(weights=dict(ce=0.0)), {}, {}, 0),
     "hybrids twice": ("weights", dict(weights=dict(hybrid=2.0)), {}, {}, 0),
     "errors half": ("weights", dict(weights=dict(nmse=0.5)), {}, {}, 0),
-    "k = d/2, both rates higher": ("together", dict(lr=6e-2, bridge_lr=1e-2), {}, dict(k=2 * K), 0),
-    "k = d/2, twin rate higher, uncentred": ("together", dict(lr=6e-2, calibration_tokens=0), {}, dict(k=2 * K), 0),
+    "k = d/2, rates 6e-2, 1e-2": ("together", dict(lr=6e-2, bridge_lr=1e-2), {}, HALF, 0),
+    "k = d/2, raw, rate 6e-2": ("together", dict(lr=6e-2, calibration_tokens=0), {}, HALF, 0),
     "three times the width": ("twin", {}, dict(hidden_size=384), dict(k=96), 0),
 }
 COLUMNS = {  # of the table: key of `validate`, heading

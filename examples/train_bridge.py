@@ -31,10 +31,15 @@ PRESETS = {
     "gpt2-80gb": dict(steps=30_000, batch=64, length=512, expansion=8 / 3, prune_steps=600),
     "gpt2-12gb": dict(steps=12_000, batch=32, length=512, expansion=4 / 3, prune_steps=600),
 }
+# what the ablation study found best for the built-in model (docs/bridge-study)
+TINY = dict(lr=6e-2, bridge_lr=1e-2, encoder_k=1 / 2, hybrid_weight=2.0)
+PRESETS["demo"] |= TINY
+PRESETS["long"] |= TINY
 GPT2 = dict(mixed_precision="bf16", stream=True, tasks=ALL)
 PRESETS["gpt2-80gb"] |= GPT2 | dict(accumulate=2)
 PRESETS["gpt2-12gb"] |= GPT2 | dict(accumulate=8)
 DEFAULTS = dict(mixed_precision="no", stream=False, accumulate=1)  # where a preset says nothing
+DEFAULTS |= dict(lr=3e-2, bridge_lr=3e-3, encoder_k=1 / 4, hybrid_weight=1.0)
 LEAST = dict(steps=1, batch=1, length=2, prune_steps=0, threads=1, processes=1, twin_layers=1)
 LEAST["accumulate"] = 1
 
@@ -65,6 +70,10 @@ def parse() -> argparse.Namespace:
         help="which dense residual site is bridged to which sparse one: even, or D:S,D:S,...",
     )
     p.add_argument("--density", type=float, default=1 / 16, help="weights kept in the matrices")
+    p.add_argument("--encoder_k", type=float, help="entries an encoder keeps / the twin's width")
+    p.add_argument("--lr", type=float, help="peak learning rate of the twin")
+    p.add_argument("--bridge_lr", type=float, help="peak learning rate of the bridges")
+    p.add_argument("--hybrid_weight", type=float, help="weight of the hybrid passes in the loss")
     p.add_argument("--prune_steps", type=int, help="optimizer steps of the pruning")
     p.add_argument("--tasks", nargs="*", help="tasks to prune circuits for")
     p.add_argument("--mixed_precision", choices=["no", "bf16"], help="default: the preset's")
@@ -79,6 +88,8 @@ def parse() -> argparse.Namespace:
             p.error(f"--{name} {value} must be at least {least}")
     if args.expansion is not None and args.expansion <= 0:
         p.error(f"--expansion {args.expansion} must be above 0")
+    if args.encoder_k is not None and not 0 < args.encoder_k <= 1:
+        p.error(f"--encoder_k {args.encoder_k} must be above 0 and at most 1")
     if args.dense == "tiny" and args.preset is None:
         args.preset = "demo"
     if args.output_dir and Path(args.output_dir).is_file():
@@ -197,7 +208,7 @@ def design(args, dense):
     """The twin, the bridges and their training."""
     import torch
 
-    from bridges import BridgeConfig, BridgeSet, CotrainConfig
+    from bridges import BridgeConfig, BridgeSet, CotrainConfig, Weights
     from sparse import SparseGPT, SparseGPTConfig, SparsityConfig, TrainConfig
 
     width = max(16, int(args.expansion * dense.d_resid) // 16 * 16)
@@ -227,9 +238,14 @@ def design(args, dense):
             processes=args.processes,
         ),
         sparsity=SparsityConfig(density=args.density, embedding_density=min(1.0, 4 * args.density)),
+        weights=Weights(hybrid=args.hybrid_weight),
+        lr=args.lr,
+        bridge_lr=args.bridge_lr,
     )
     config.sparsity.check(sparse)
-    shape = BridgeConfig.between(dense, sparse, k=width // 4, sites=args.sites)
+    shape = BridgeConfig.between(
+        dense, sparse, k=max(1, round(args.encoder_k * width)), sites=args.sites
+    )
     return sparse, BridgeSet(shape, seed=args.seed), config
 
 

@@ -12,8 +12,9 @@ bridged to (`BridgeConfig`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +65,13 @@ class BridgeConfig:
     partners that `even_sites` gives: the same sites where both models have equally many."""
 
     def __post_init__(self) -> None:
-        for name in ("d_dense", "d_sparse", "n_dense_sites", "n_sparse_sites"):
-            if getattr(self, name) < 1:
+        for name in ("d_dense", "d_sparse", "n_dense_sites", "n_sparse_sites", "k"):
+            object.__setattr__(self, name, _ints(name, (getattr(self, name),))[0])
+            if name != "k" and getattr(self, name) < 1:
                 raise ValueError(f"BridgeConfig.{name}={getattr(self, name)} must be at least 1")
         if not 1 <= self.k <= self.d_sparse:
             raise ValueError(f"BridgeConfig.k={self.k} is outside 1..d_sparse={self.d_sparse}")
-        sites, sparse_sites = tuple(self.sites), tuple(self.sparse_sites)
+        sites, sparse_sites = _ints("sites", self.sites), _ints("sparse_sites", self.sparse_sites)
         if not sparse_sites:
             even = even_sites(self.n_dense_sites, self.n_sparse_sites)
             sites = sites or tuple(even)
@@ -116,7 +118,7 @@ class BridgeConfig:
                     f"BridgeConfig.between: sites={dict(sites)} names the sparse sites already; "
                     "leave sparse_sites out"
                 )
-            pairs = sorted(sites.items())
+            pairs = sorted(sites.items(), key=lambda pair: _ints("sites", pair))
             sites, sparse_sites = tuple(d for d, _ in pairs), tuple(s for _, s in pairs)
         return cls(
             d_dense=dense.d_resid,
@@ -136,6 +138,15 @@ class BridgeConfig:
             raise ValueError(f"{cls.__name__} has no field {extra}; it has {sorted(known)}")
         lists = {name: tuple(values.get(name, ())) for name in ("sites", "sparse_sites")}
         return cls(**{**values, **lists})
+
+
+def _ints(name: str, values: Iterable[Any]) -> tuple[int, ...]:
+    """Plain ints of numbers of whatever library, which can be saved and compared."""
+    values = tuple(values)
+    try:
+        return tuple(map(index, values))
+    except TypeError as error:
+        raise ValueError(f"BridgeConfig.{name}: {values} must be whole numbers") from error
 
 
 def _check_sites(name: str, sites: tuple[int, ...], n: int) -> None:

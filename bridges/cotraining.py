@@ -107,7 +107,12 @@ class Cotraining(nn.Module):
         super().__init__()
         self.sparse, self.bridges, self.config = sparse, bridges, config
         object.__setattr__(self, "dense", dense)  # frozen: not in DDP, optimizer or checkpoint
-        steps = config.train.steps
+        steps, m, n = config.train.steps, config.sites_per_sequence, len(bridges.config.sites)
+        if config.hybrid_sites != "all" and m > n:
+            raise ValueError(
+                f"CotrainConfig.sites_per_sequence={m}, but {n} sites are bridged; draw {n} or "
+                'fewer, or take hybrid_sites="all"'
+            )
         self.anneal = config.sparsity.anneal(steps)
         check_budgets(self.plan, config.sparsity.densities(steps, steps))
 

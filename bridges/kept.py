@@ -38,7 +38,7 @@ def twin_kept(sparse: SparseGPT, length: int, mixed_precision: str) -> tuple[Kep
             z = torch.empty(rows, length, d, requires_grad=True)
             beside = sparse.config.position_channels
             positions = torch.empty(1, length, beside) if beside else None
-            getattr(block, name)(z, positions)
+            getattr(type(block), name)(block, z, positions)  # not what `compiled` put on the twin
 
         return kept(sparse.model.blocks[0], run, mixed_precision)
 

@@ -22,7 +22,7 @@ from sparse.project import budgets
 from .bridge import BridgeSet
 from .kept import dense_kept, site_kept, twin_kept
 from .losses import CHUNK, MIN_ROWS
-from .probing import Probe
+from .probing import Probe, rows_per_pass
 from .settings import CotrainConfig
 
 COPIES = 6
@@ -161,13 +161,8 @@ def plan(
     and passes cannot share.
     """
     train = config.train
-    parts = processes * train.accumulate
-    if batch % parts:
-        raise ValueError(
-            f"plan: a batch of {batch} sequences cannot be shared by {processes} processes and "
-            f"{train.accumulate} passes evenly; take a multiple of {parts}"
-        )
-    rows, trained = batch // parts, [*sparse.parameters(), *bridges.parameters()]
+    rows = rows_per_pass(batch, processes, train.accumulate)
+    trained = [*sparse.parameters(), *bridges.parameters()]
     moments = sum(2 * p.nbytes + 4 for p in trained)
     weights, twin = stored(sparse) + stored(bridges), count(sparse)
     step, unknown = _step(dense, sparse, bridges, config, rows, length)

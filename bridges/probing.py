@@ -91,14 +91,16 @@ def probe(
     One sequence per process is tried, then twice as many, up to those of one pass of a step, as
     long as the next size would end within `seconds` in all; the largest that held is returned. The
     twin is at its final density. `fit` itself takes the steps and is stopped before it writes:
-    nothing is written, but `sparse` and `bridges` are changed: build them anew before training.
+    nothing is written and the random numbers that follow are the same, but `sparse` and `bridges`
+    are changed: build them anew before training. Raises ValueError as `plan` does.
     """
     device, world = accelerator.device, accelerator.num_processes
+    most, n = rows_per_pass(batch, world, config.train.accumulate), 1
     dense.model.to(device)
-    most, n = batch // (world * config.train.accumulate), 1
     best, began = Probe(device=_name(device)), perf_counter()
     while True:
-        found = _try(dense, sparse, bridges, config, n * world, length, accelerator)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # each step seeds
+            found = _try(dense, sparse, bridges, config, n * world, length, accelerator)
         if isinstance(found, str):
             return replace(best, failed=f"{n} x {length} tokens a process: {found}")
         # of several processes the slowest counts, and all go on or none
@@ -107,6 +109,17 @@ def probe(
         if n == most or spent + 2 * (1 + TIMED) * took > seconds:
             return best
         n = min(2 * n, most)
+
+
+def rows_per_pass(batch: int, processes: int, accumulate: int) -> int:
+    """Return the sequences of a pass of one process; raise ValueError where shares are unequal."""
+    parts = processes * accumulate
+    if batch < 1 or batch % parts:
+        raise ValueError(
+            f"a batch of {batch} sequences cannot be shared by {processes} processes and "
+            f"{accumulate} passes evenly; take a multiple of {parts}"
+        )
+    return batch // parts
 
 
 def _try(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Literal, get_args
 
 from sparse.project import SparsityConfig
 from sparse.train import TrainConfig
 
 from .losses import Normalised
+
+HybridSites = Literal["sampled", "all"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,7 +44,7 @@ class CotrainConfig:
     """Coefficients of the loss."""
     nmse: Normalised = "fvu"
     """By what the squared errors of the bridges are divided: see `bridges.losses.nmse`."""
-    hybrid_sites: Literal["sampled", "all"] = "sampled"
+    hybrid_sites: HybridSites = "sampled"
     """"sampled": each sequence draws its own sites, unbiased. "all": each at every site, exact."""
     sites_per_sequence: int = 1
     """How many different sites a sequence draws when sampled; 1 to the number bridged."""
@@ -69,6 +71,9 @@ class CotrainConfig:
         for name in ("lr", "bridge_lr", "sites_per_sequence"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"CotrainConfig.{name}={getattr(self, name)} must be above 0")
+        for name, known in (("nmse", Normalised), ("hybrid_sites", HybridSites)):
+            if (value := getattr(self, name)) not in get_args(known):
+                raise ValueError(f"CotrainConfig.{name}={value!r} must be one of {get_args(known)}")
         if self.calibration_tokens < 0:
             raise ValueError(
                 f"CotrainConfig.calibration_tokens={self.calibration_tokens} must not be below 0"

@@ -106,7 +106,14 @@ def best_map(cost: Float[Tensor, "dense_site sparse_site"]) -> dict[int, int]:
     with row i at column j,
 
         least[i, j] = cost[i, j] + min over j' < j of least[i-1, j']
+
+    Raises ValueError for a cost that is not finite.
     """
+    if not cost.numel() or not cost.isfinite().all():
+        raise ValueError(
+            f"best_map: a cost of shape {tuple(cost.shape)} must have a finite number for every "
+            "pair of sites; give a large one where a pair is not wanted"
+        )
     if len(cost) > cost.shape[1]:
         return {d: s for s, d in best_map(cost.T).items()}
     least, came_from = cost[0], []

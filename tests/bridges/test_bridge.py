@@ -1,6 +1,8 @@
 import json
 from types import SimpleNamespace
 
+import jaxtyping
+import numpy as np
 import pytest
 import torch
 
@@ -172,6 +174,25 @@ def test_a_map_may_be_a_dict_or_two_tuples_or_the_even_one_in_part(dense):
         BridgeConfig.between(deep, dense, k=3, sites=(0, 3))
     with pytest.raises(ValueError, match="names the sparse sites already"):
         BridgeConfig.between(deep, dense, k=3, sites=given, sparse_sites=(0, 1, 2))
+
+
+def test_sites_and_widths_of_any_library_are_kept_as_plain_ints(
+    dense, sparse, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # the tests' own checks
+    want = BridgeConfig.between(dense, sparse, k=3, sites={0: 0, 2: 1, 4: 4})
+    numpy_map = dict(zip(np.array([4, 0, 2]), torch.tensor([4, 0, 1]), strict=True))
+    got = BridgeConfig.between(dense, sparse, k=np.int64(3), sites=numpy_map)
+    assert got == want and {type(s) for s in (*got.sites, *got.sparse_sites, got.k)} == {int}
+    sites = BridgeConfig.between(dense, sparse, k=3, sites=torch.tensor([0, 4])).pairs
+    assert sites == {0: 0, 4: 4}  # of the even map
+    BridgeSet(got).save(tmp_path)
+    assert BridgeSet.load(tmp_path).config == want
+    for wrong in ({"0": 0}, {0.0: 0}, {0: 1.5}):
+        with pytest.raises(ValueError, match=r"BridgeConfig.s.*must be whole numbers"):
+            BridgeConfig.between(dense, sparse, k=3, sites=wrong)
+    with pytest.raises(ValueError, match=r"BridgeConfig.k: \(2.5,\) must be whole numbers"):
+        shape(k=2.5)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ CODE = """
 import json, torch
 from torch._dynamo.utils import counters
 from transformers import GPT2Config, GPT2LMHeadModel
-from bridges import BridgeConfig, BridgeSet, CotrainConfig, compiled
+from bridges import BridgeConfig, BridgeSet, CotrainConfig, compiled, plan
 from bridges.cotraining import Cotraining
 from dense import DenseModel
 from sparse import SparseGPT, SparseGPTConfig, SparsityConfig, TrainConfig
@@ -55,6 +55,14 @@ with compiled(dense, sparse, backend="aot_eager"):
         pass
 graphs = counters["stats"]["unique_graphs"]
 block = sparse.model.blocks[0]
+left = "attend" in vars(block) or "think" in vars(block)
+planned = str(plan(dense, sparse, bridges, config, 4, 6))
+with compiled(dense, sparse, backend="aot_eager"):
+    outer = dict(vars(block))
+    with compiled(dense, sparse, backend="eager"):
+        pass
+    restored = all(vars(block)[name] is outer[name] for name in ("attend", "think"))
+    same_plan = str(plan(dense, sparse, bridges, config, 4, 6)) == planned
 pairs = [*zip(want, got)]
 print(json.dumps({
     "losses": max(abs(a[k] - b[k]) for (a, _), (b, _) in pairs for k in a),
@@ -64,7 +72,8 @@ print(json.dumps({
     ),
     "another step": max(abs(want[0][0][k] - got[1][0][k]) for k in want[0][0]),
     "same names": names == inside == [*module.state_dict()],
-    "left behind": "attend" in vars(block) or "think" in vars(block),
+    "left behind": left or "attend" in vars(block) or "think" in vars(block),
+    "inside": [restored, same_plan],
     "products": [len(plain_products), len(compiled_products)],
     "graphs": graphs,
     "breaks": sum(counters["graph_break"].values()),
@@ -87,5 +96,6 @@ def test_a_compiled_step_has_the_losses_gradients_and_names_of_the_plain_one():
     assert out["losses"] < 1e-5 and out["gradients"] < 1e-4, out
     assert out["another step"] > 1e-2, out  # control
     assert out["same names"] and not out["left behind"], out
+    assert out["inside"] == [True, True], out  # in one another, and planned in one
     assert out["products"][0] > 0 == out["products"][1], out  # compressed rows are not traced
     assert 4 <= out["graphs"] < 16 and not out["breaks"], out  # as many at ten layers: shared

@@ -7,6 +7,7 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import jaxtyping
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -281,6 +282,9 @@ def test_models_that_do_not_fit_are_refused_before_anything_is_written(
     refused("has 7 sites of width 20, but", sparse=build.sparse(num_hidden_layers=3))
     refused("has 5 sites of width 16, but", sparse=build.sparse(hidden_size=16))
     refused("below the floor of 9 .*raise the density", floor=9)
+    with pytest.raises(ValueError, match="sites_per_sequence=6, but 5 sites are bridged"):
+        many = replace(make(tmp_path / "run"), sites_per_sequence=6)
+        cotrain(dense, sparse, bridges, batches, many)
     bridges.dense_fingerprint = "another"
     refused("dense model's weights .* are not those")
     assert not (tmp_path / "run").exists()
@@ -303,6 +307,15 @@ def test_models_that_do_not_fit_are_refused_before_anything_is_written(
 def test_settings_that_make_no_sense_are_refused(tmp_path, fields, words):
     with pytest.raises(ValueError, match=f"CotrainConfig.{words}"):
         CotrainConfig(train=TrainConfig(steps=1, folder=str(tmp_path)), **fields)
+
+
+def test_a_name_that_is_none_of_the_choices_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # the tests' own checks
+    train = TrainConfig(steps=1, folder=str(tmp_path))
+    with pytest.raises(ValueError, match="nmse='FVU' must be one of .'fvu', 'per_token', 'unc"):
+        CotrainConfig(train=train, nmse="FVU")
+    with pytest.raises(ValueError, match="hybrid_sites='one' must be one of .'sampled', 'all'"):
+        CotrainConfig(train=train, hybrid_sites="one")
 
 
 def test_a_negative_weight_is_refused():

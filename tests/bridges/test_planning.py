@@ -110,6 +110,9 @@ def test_a_pass_of_an_accumulated_step_holds_its_share_of_the_batch(dense, spars
     assert plan(dense, sparse, bridges, config, 16, 6, processes=2).step == whole.step
     with pytest.raises(ValueError, match="9 sequences.*1 processes and 2 passes.*multiple of 2"):
         plan(dense, sparse, bridges, replace(config, train=train), 9, 6)
+    for batch in (0, 1, 9):  # before a step is tried
+        with pytest.raises(ValueError, match=f"batch of {batch} sequences.*multiple of 2"):
+            probe(dense, sparse, bridges, replace(config, train=train), batch, 6, Accelerator())
 
 
 def test_a_checkpoint_on_disk_is_as_large_as_planned(build, tmp_path):
@@ -131,12 +134,13 @@ def test_a_probe_takes_the_real_step_at_growing_sizes_and_writes_nothing(
 ):
     config = of_training(tmp_path)
     config = replace(config, train=replace(config.train, accumulate=2))
-    before = sparse.model.wte.weight.clone()
+    before, drawn = sparse.model.wte.weight.clone(), torch.get_rng_state()
     found = probe(dense, sparse, bridges, config, 8, 6, Accelerator())
     assert (found.sequences, found.length, found.device) == (8, 6, "cpu")
     assert found.seconds > 0 and found.peak > 1e7 and "resident" in found.peak_of
     assert found.tokens_per_second == pytest.approx(8 * 6 / found.seconds)
     assert not found.failed and not list(tmp_path.iterdir())
+    assert torch.equal(torch.get_rng_state(), drawn)
     assert not torch.equal(before, sparse.model.wte.weight)  # as the docstring warns
     zero = (sparse.model.wte.weight == 0).float().mean()
     assert 0.45 < zero < 0.55  # at its final density

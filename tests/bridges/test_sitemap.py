@@ -71,6 +71,12 @@ def test_the_best_map_is_the_one_that_trying_all_maps_finds(shape):
     assert shape[0] in (1, 8) or not all(greedy)  # control: sites cannot each choose alone
 
 
+def test_a_cost_that_is_not_finite_has_no_best_map():
+    for cost in (torch.full((2, 3), torch.nan), torch.tensor([[0.0, torch.inf]]), torch.ones(0, 3)):
+        with pytest.raises(ValueError, match="finite number for every pair"):
+            best_map(cost)
+
+
 def explicit(x, y, ridge, x_seen, y_seen):
     """Affine least squares with ridge: rows sqrt(lambda) I beneath the centred data."""
     mx, my, d = x.mean(0), y.mean(0), x.shape[1]

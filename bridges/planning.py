@@ -6,6 +6,9 @@
     rows_k      rows + sum_{s <= k} e_s in the twin,     sum_{s <= k} e_s in the dense model
     e_s         rows, or rows * m / n_sites where each sequence draws m sites (their mean)
 
+Of P processes that share the parameters each holds 1/P of weights, gradients and moments, and in a
+step the whole of weights and gradients beside them.
+
 What a step keeps of a row is counted (kept.py).
 """
 
@@ -165,6 +168,9 @@ def plan(
     trained = [*sparse.parameters(), *bridges.parameters()]
     moments = sum(2 * p.nbytes + 4 for p in trained)
     weights, twin = stored(sparse) + stored(bridges), count(sparse)
+    parameters = sum(p.nbytes for p in trained)
+    of = processes if train.shard else 1
+    whole = {"weights, gathered": parameters, "gradients": parameters + parameters // of}
     step, unknown = _step(dense, sparse, bridges, config, rows, length)
     final = config.sparsity.densities(train.steps, train.steps)
     lost = sum(b.weight.numel() - b.keep(final) for b in budgets(sparse, config.sparsity))
@@ -182,10 +188,10 @@ def plan(
         mixed_precision=train.mixed_precision,
         state={
             "dense model": stored(dense.model),
-            "weights of twin and bridges": weights,
-            "Adam's moments": moments,
+            "weights of twin and bridges": weights - parameters + parameters // of,
+            "Adam's moments": moments // of,
         },
-        step={"gradients": sum(p.nbytes for p in trained)} | step,
+        step=(whole if of > 1 else {"gradients": parameters}) | step,
         evaluation=_evaluation(dense, sparse, bridges, min(EVALUATED, rows) * length),
         disk={
             f"{n} checkpoints, one being written": (n + 1) * (weights + moments),

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from sparse.model import SparseGPT
+from sparse.shard import AllStop
 from sparse.train import fit
 
 from .bridge import BridgeSet
@@ -49,7 +50,7 @@ class Probe:
         return None if self.seconds is None else self.sequences * self.length / self.seconds
 
 
-class _Enough(Exception):
+class _Enough(AllStop):
     """Ends the training before it has written anything."""
 
 

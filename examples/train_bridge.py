@@ -82,6 +82,7 @@ def parse() -> argparse.Namespace:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--threads", type=int, help="CPU threads per process; default: its share")
     p.add_argument("--processes", type=int, help="refuse to train on another number of processes")
+    p.add_argument("--shard", action="store_true", help="split the parameters among processes")
     args = p.parse_args()
     for name, least in LEAST.items():
         if (value := getattr(args, name)) is not None and value < least:
@@ -129,14 +130,16 @@ def main() -> None:
     args = parse()
     import torch
     from accelerate import Accelerator, PartialState
+    from accelerate.utils import parse_flag_from_env
 
     from bridges import compiled, cotrain, save_run
     from dense import DenseModel
-    from sparse import get_task
+    from sparse import check_processes, get_task
 
     for name in args.tasks or ():
         get_task(name)  # an unknown one is told before anything is trained
-    state = PartialState()
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    check_processes(args.processes, state.num_processes)
     share = (os.cpu_count() or 1) // state.num_processes
     torch.set_num_threads(args.threads or max(1, share))  # accelerate launch would leave one
     threads = torch.get_num_threads()
@@ -236,6 +239,7 @@ def design(args, dense):
             accumulate=args.accumulate,
             mixed_precision=args.mixed_precision,
             processes=args.processes,
+            shard=args.shard,
         ),
         sparsity=SparsityConfig(density=args.density, embedding_density=min(1.0, 4 * args.density)),
         weights=Weights(hybrid=args.hybrid_weight),

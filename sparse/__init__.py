@@ -22,7 +22,7 @@ from .pretrain import (
 from .project import Anneal, SparsityConfig, project_
 from .prune import PruneConfig, prune
 from .tasks import Task, get_task, task_names, task_nats
-from .train import TrainConfig
+from .train import TrainConfig, check_processes
 
 __version__ = "0.1.0"
 __sparse_bridges__ = "sparse"
@@ -42,6 +42,7 @@ __all__ = [
     "Task",
     "TrainConfig",
     "abs_topk",
+    "check_processes",
     "estimated_tokens",
     "first_blocks",
     "gao2025",

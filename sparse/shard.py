@@ -24,6 +24,10 @@ from torch.distributed.tensor import DTensor, Replicate
 HOOKS = ("_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
 
 
+class AllStop(Exception):
+    """Raised by every process at the same place: what was sharded becomes whole again."""
+
+
 class _Root(nn.Module):
     """What `fully_shard` takes, so that the trained module stays of its class."""
 
@@ -51,8 +55,9 @@ def prepared(module: nn.Module, accelerator: Accelerator, shard: bool) -> Iterat
 
     With `shard`, or an accelerator that was launched with FSDP2, its parameters are sharded while
     the context is open; all start from those of process 0. When it closes they are plain tensors
-    again, whole in every process; after an exception, which one process may have met alone, they
-    stay sharded. Raises ValueError for the first version of FSDP, its offloading, and fp16.
+    again, whole in every process; after an exception that is no AllStop, which one process may have
+    met alone, they stay sharded. Raises ValueError for the first version of FSDP, its offloading,
+    and fp16.
     """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if accelerator.distributed_type == DistributedType.FSDP and plugin is not None:
@@ -77,12 +82,18 @@ def prepared(module: nn.Module, accelerator: Accelerator, shard: bool) -> Iterat
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     root = _Root(module)
     as_fsdp = fully_shard(root, mesh=mesh, reshard_after_forward=False)
-    yield root
+    stopped = None
+    try:
+        yield root
+    except AllStop as stop:
+        stopped = stop
     as_fsdp.reshard()
     _make_plain(module)
     for m, name, before in hooks:  # those of `fully_shard` would keep the shards alive
         getattr(m, name).clear()
         getattr(m, name).update(before)
+    if stopped:
+        raise stopped
 
 
 @torch.no_grad()

@@ -17,7 +17,15 @@ from tqdm import tqdm
 from .run_state import BatchSource, Interrupted, RunState, TrainConfig, stop_requests
 from .shard import gathered, own, prepared, sum_over_shards
 
-__all__ = ["BatchSource", "Group", "Interrupted", "TrainConfig", "Trainable", "fit"]
+__all__ = [
+    "BatchSource",
+    "Group",
+    "Interrupted",
+    "TrainConfig",
+    "Trainable",
+    "check_processes",
+    "fit",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,13 +165,14 @@ def accelerator_for(config: TrainConfig, given: Accelerator | None) -> Accelerat
             f"TrainConfig.mixed_precision={config.mixed_precision!r}, but the accelerator computes "
             f"in {accelerator.mixed_precision!r}; give both the same"
         )
-    _check_processes(config.processes, accelerator.num_processes)
+    check_processes(config.processes, accelerator.num_processes)
     return accelerator
 
 
-def _check_processes(asked: int | None, world: int) -> None:
-    """Refuse a launch that came out otherwise than it was asked for.
+def check_processes(asked: int | None, world: int) -> None:
+    """Raise ValueError for a launch that came out otherwise than it was asked for.
 
+    `asked` is `TrainConfig.processes`, `world` the number of processes that train together.
     `accelerate launch --num_processes 2` starts one process where there is no GPU, and says so only
     by naming a master; with --multi_gpu, or torchrun, it starts two that train apart.
     """

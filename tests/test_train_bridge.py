@@ -1,8 +1,10 @@
 """The main job's plan, presets and streamed text; tests/test_examples.py runs it whole."""
 
 import json
+import os
 import runpy
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -167,3 +169,17 @@ def test_a_streamed_run_cut_in_two_ends_with_the_weights_of_an_undisturbed_one(
     assert torch.equal(run("cut"), whole)
     log = (tmp_path / "cut" / "log.jsonl").read_text()
     assert log.count('"step": 6') >= 1 and (tmp_path / "cut/checkpoints/step-00000005").is_dir()
+
+
+def test_two_processes_are_started_as_the_refusal_of_one_says(folder, tmp_path):
+    """Their training is that of one process, which tests/bridges/test_devices.py compares."""
+    write_text(tmp_path)
+    env = os.environ | {"ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", SCRIPT]
+    command += ["--dense", str(folder), "--dataset", "text", "--density", "0.5", "--length", "16"]
+    command += ["--batch", "4", "--processes", "2", "--shard", "--plan"]
+    run = dict(cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, **run)
+    assert done.returncode == 0, done.stderr
+    assert "2 process(es) on cpu" in done.stdout and "weights, gathered" in done.stdout
+    assert done.stdout.count("sequences per step") == 1, "one process speaks"

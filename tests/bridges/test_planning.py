@@ -66,6 +66,18 @@ def test_weights_gradients_and_moments_are_the_bytes_that_a_step_leaves(dense, s
     assert p.step["gradients"] == sum(g.untyped_storage().nbytes() for g in grads)
 
 
+def test_of_processes_that_share_the_parameters_each_holds_its_part(dense, sparse, bridges):
+    config = of_training()
+    shared = replace(config, train=replace(config.train, shard=True))
+    one, apart = (plan(dense, sparse, bridges, c, 4, 6) for c in (shared, config))
+    assert one.state == apart.state and one.step == apart.step  # one process shares with nobody
+    two, apart = (plan(dense, sparse, bridges, c, 8, 6, processes=2) for c in (shared, config))
+    n = apart.step["gradients"]
+    assert two.step["weights, gathered"] == n and two.step["gradients"] == n + n // 2
+    assert apart.memory - two.memory == apart.state["Adam's moments"] // 2 + n // 2 - n - n // 2
+    assert two.disk == apart.disk and two.step.keys() - apart.step.keys() == {"weights, gathered"}
+
+
 def really_kept(dense, sparse, bridges, config, rows, length):
     module = Cotraining(dense, sparse, bridges, config)
     ids = torch.randint(dense.vocab_size, (rows, length))

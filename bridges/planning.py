@@ -164,11 +164,8 @@ def plan(
     and passes cannot share.
     """
     train = config.train
-    rows = rows_per_pass(batch, processes, train.accumulate)
-    trained = [*sparse.parameters(), *bridges.parameters()]
-    moments = sum(2 * p.nbytes + 4 for p in trained)
-    weights, twin = stored(sparse) + stored(bridges), count(sparse)
-    parameters = sum(p.nbytes for p in trained)
+    rows, twin = rows_per_pass(batch, processes, train.accumulate), count(sparse)
+    weights, moments, parameters = _trained(sparse, bridges)
     of = processes if train.shard else 1
     whole = {"weights, gathered": parameters, "gradients": parameters + parameters // of}
     step, unknown = _step(dense, sparse, bridges, config, rows, length)
@@ -201,6 +198,13 @@ def plan(
         unknown=unknown,
         probe=probe,
     )
+
+
+def _trained(sparse: SparseGPT, bridges: BridgeSet) -> tuple[int, int, int]:
+    """Return the bytes of weights with their buffers, of Adam's moments, of parameters alone."""
+    parameters = [*sparse.parameters(), *bridges.parameters()]
+    moments = sum(2 * p.nbytes + 4 for p in parameters)
+    return stored(sparse) + stored(bridges), moments, sum(p.nbytes for p in parameters)
 
 
 def count(module: nn.Module) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sparse.csr import WORTH_REBUILDING, csr_products
 from sparse.model import SparseGPT
+from sparse.pretrain import mode
 from sparse.project import Budget, budgets, check_budgets, project_model_
 from sparse.train import BatchSource, Group, accelerator_for, fit, warmup_decay
 
@@ -244,15 +245,16 @@ def cotrain(
     identity = asdict(config) | {"dense": fingerprint(dense), "bridges": asdict(bridges.config)}
     identity |= {"sparse": sparse.config.architecture()}
     del identity["train"]  # `fit` adds these itself
-    fit(
-        module,
-        batches,
-        config.train,
-        after_step=module.project,
-        evaluate=evaluate,
-        accelerator=accelerator,
-        identity=identity,
-    )
+    with mode(sparse, training=True):
+        fit(
+            module,
+            batches,
+            config.train,
+            after_step=module.project,
+            evaluate=evaluate,
+            accelerator=accelerator,
+            identity=identity,
+        )
     bridges.dense_fingerprint = fingerprint(dense)
     bridges.sparse_fingerprint = fingerprint(sparse)
 
@@ -297,7 +299,7 @@ def validate(
     n, sums = len(validation), {}
     # a process that has no share measures a batch for the names alone
     for i in range(rank, n, world) if rank < n else range(min(n, 1)):
-        with csr_products(sparse):
+        with mode(sparse, training=False), csr_products(sparse):
             measured = _measure(dense, sparse, bridges, validation[i].to(device))
         for name, value in measured.items():
             sums[name] = sums.get(name, 0.0) + value.item() * (rank < n)

@@ -40,6 +40,12 @@ class Inputs:
             kwargs["position_ids"] = position_ids
         return kwargs
 
+    @property
+    def limit(self) -> int | None:
+        """Positions that the model was built for, None where its config names no number."""
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return limit if limit is not None and limit > 0 else None
+
     def check_embeddable(self, ids: Tensor) -> None:
         """Raise ValueError for ids outside the embedding.
 
@@ -66,8 +72,7 @@ class Inputs:
             )
         if ids.ndim != 2 or ids.numel() == 0:
             raise ValueError(f"ids must be (batch, pos) and not empty, got {tuple(ids.shape)}")
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if limit is not None and 0 < limit < ids.shape[1]:
+        if (limit := self.limit) is not None and limit < ids.shape[1]:
             raise ValueError(
                 f"ids have {ids.shape[1]} positions, but {self.family} was built for at most "
                 f"{limit}; shorten or split them"

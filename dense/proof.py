@@ -63,7 +63,7 @@ def pads_left(model: Any, inputs: Inputs) -> bool:
     """Return whether a row padded on the left answers as it does alone."""
     if not inputs.takes_mask:
         return False
-    ids = torch.cat((probe_ids(model), probe_ids(model, 1)), dim=1)
+    ids = torch.cat((probe_ids(model), probe_ids(model, 1)), dim=1)[:, : inputs.limit]
     mask = torch.ones_like(ids)
     mask[1, :4] = 0
     with explaining(model, "a forward with padding on the left"):

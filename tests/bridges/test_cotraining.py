@@ -168,6 +168,25 @@ def test_validation_measures_the_same_terms_at_all_sites(dense, sparse, bridges,
         assert got[name] == pytest.approx(sum(sites) / 5, rel=1e-5) and min(sites) > 0
 
 
+def test_dropout_acts_in_training_and_not_in_validation(dense, build, bridges, batches, tmp_path):
+    ids, values = batches.at(0), {}
+    for training in (True, False):
+        sparse = build.sparse(dropout=0.5).train(training)
+        want = validate(dense, sparse.eval(), bridges, [ids])
+        assert validate(dense, sparse.train(training), bridges, [ids]) == want
+        assert sparse.training == training
+        maps = BridgeSet(BridgeConfig.between(dense, sparse, k=7))
+        cotrain(dense, sparse, maps, batches, make(tmp_path / str(training)), [ids])
+        assert sparse.training == training
+        values[training] = sparse.model.wte.weight.detach().clone()
+        batches.step = 0
+    assert torch.equal(values[True], values[False])  # whichever mode the twin came in
+    plain = build.sparse()
+    maps = BridgeSet(BridgeConfig.between(dense, plain, k=7))
+    cotrain(dense, plain, maps, batches, make(tmp_path / "plain"), [ids])
+    assert not torch.equal(values[True], plain.model.wte.weight)  # control
+
+
 def test_calibration_takes_the_first_tokens_and_gives_them_back(dense, sparse, batches):
     bridges = BridgeSet(BridgeConfig.between(dense, sparse, k=7))
     calibrate(dense, bridges, batches, 40, "cpu")  # two batches of 24 tokens

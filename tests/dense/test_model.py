@@ -63,6 +63,20 @@ def test_a_padded_row_answers_as_it_does_alone(dense, ids, side):
         torch.testing.assert_close(resumed[:, real], y[:, real], atol=0, rtol=0)
 
 
+@torch.no_grad()
+def test_a_model_of_few_positions_is_opened_and_proven_as_any_other():
+    torch.manual_seed(0)
+    shape = dict(vocab_size=30, n_embd=8, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+    short = DenseModel(tf.GPT2LMHeadModel(tf.GPT2Config(n_positions=8, **shape)))
+    assert short.n_sites == 3 and short.pads_left
+    ids, mask = torch.arange(16).view(2, 8), torch.ones(2, 8)
+    mask[0, :3] = 0
+    alone = short.logits(ids[:1, 3:])[0]
+    torch.testing.assert_close(short.logits(ids, mask)[0, 3:], alone, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="ids have 9 positions, but gpt2 was built for at most 8"):
+        short.logits(torch.zeros(1, 9, dtype=torch.long))
+
+
 def test_control_without_the_mask_padding_changes_the_answer(opened, ids):
     dense = opened("llama")
     gap = dense.logits(ids)[1, 4:] - dense.logits(ids[1:2, 4:])[0]

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 K = 64  # entries an encoder keeps of 256
 HALF = dict(k=2 * K)
-PRESET = dict(lr=6e-2, weights=dict(hybrid=2.0))  # of examples/train_bridge.py, for tiny
+FAST, TWICE = dict(lr=6e-2, bridge_lr=3e-2), dict(weights=dict(hybrid=2.0))
 CELLS = {  # name: (what is asked, fields of CotrainConfig, of the twin, of the bridges, seed)
     "default": ("", {}, {}, {}, 0),
     "default, seed 1": ("noise", {}, {}, {}, 1),
@@ -36,13 +36,19 @@ CELLS = {  # name: (what is asked, fields of CotrainConfig, of the twin, of the 
     "bridge rate 1e-3": ("learning rates", dict(bridge_lr=1e-3), {}, {}, 0),
     "bridge rate 1e-2": ("learning rates", dict(bridge_lr=1e-2), {}, {}, 0),
     "no cross entropy": ("weights", dict(weights=dict(ce=0.0)), {}, {}, 0),
-    "hybrids twice": ("weights", dict(weights=dict(hybrid=2.0)), {}, {}, 0),
+    "hybrids twice": ("weights", TWICE, {}, {}, 0),
     "errors half": ("weights", dict(weights=dict(nmse=0.5)), {}, {}, 0),
-    "k = d/2, rates 6e-2, 1e-2": ("together", dict(lr=6e-2, bridge_lr=1e-2), {}, HALF, 0),
-    "k = d/2, raw, rate 6e-2": ("together", dict(lr=6e-2, calibration_tokens=0), {}, HALF, 0),
-    "k = d/2, rates 6e-2, 3e-2": ("together", dict(lr=6e-2, bridge_lr=3e-2), {}, HALF, 0),
-    "the long preset": ("together", PRESET | dict(bridge_lr=1e-2), {}, HALF, 0),
-    "the demo preset": ("together", PRESET | dict(bridge_lr=3e-2), {}, HALF, 0),
+    "k = d/2, 6e-2, 1e-2": ("together", dict(lr=6e-2, bridge_lr=1e-2), {}, HALF, 0),
+    "k = d/2, 6e-2, raw": ("together", dict(lr=6e-2, calibration_tokens=0), {}, HALF, 0),
+    "k = d/2, 6e-2, 3e-2": ("together", FAST, {}, HALF, 0),
+    "k = d/2, 6e-2, 3e-2, hybrids twice": ("together", FAST | TWICE, {}, HALF, 0),
+    "k = d/2, 6e-2, 1e-2, hybrids twice": (
+        "together",
+        FAST | TWICE | dict(bridge_lr=1e-2),
+        {},
+        HALF,
+        0,
+    ),
     "three times the width": ("twin", {}, dict(hidden_size=384), dict(k=96), 0),
 }
 COLUMNS = {  # of the table: key of `validate`, heading

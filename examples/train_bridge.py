@@ -32,7 +32,7 @@ PRESETS = {
     "gpt2-12gb": dict(steps=12_000, batch=32, length=512, expansion=4 / 3, prune_steps=600),
 }
 # found for the built-in model; at 3,000 steps other rates are best than at 500 (docs/bridge-study)
-PRESETS["demo"] |= dict(lr=6e-2, bridge_lr=3e-2, encoder_k=1 / 2, hybrid_weight=2.0)
+PRESETS["demo"] |= dict(lr=6e-2, bridge_lr=3e-2, encoder_k=1 / 2)
 PRESETS["long"] |= dict(lr=3e-2, bridge_lr=5e-3, encoder_k=1 / 2, hybrid_weight=2.0)
 GPT2 = dict(mixed_precision="bf16", stream=True, tasks=ALL)
 PRESETS["gpt2-80gb"] |= GPT2 | dict(accumulate=2)

@@ -5,7 +5,8 @@
 Every cell co-trains a twin of the built-in model (twice its width, 1/16 of the weights, annealed
 over the first half) on the same batches and is scored on the same held-out text. The first cell is
 trained with several seeds: their range is what a difference must exceed. Resumes where it was
-stopped; --cells chooses some.
+stopped; --cells chooses some. Beside each FVU stands the least that affine maps fitted to the
+finished models reach, without AbsTopK: what is above it is the bridge's, what is in it the twin's.
 """
 
 import argparse
@@ -55,7 +56,9 @@ COLUMNS = {  # of the table: key of `validate`, heading
     "ce": "CE, sparse",
     "kl": "KL(dense, sparse)",
     "encode": "encoder FVU",
+    "encode_least": "least",
     "decode": "decoder FVU",
+    "decode_least": "least",
     "up": "KL up",
     "down": "KL down",
 }
@@ -97,7 +100,15 @@ def train_cell(args, cell, folder, dense, train, heldout) -> dict[str, float]:
 
     import torch
 
-    from bridges import BridgeConfig, BridgeSet, CotrainConfig, Weights, cotrain, validate
+    from bridges import (
+        BridgeConfig,
+        BridgeSet,
+        CotrainConfig,
+        Weights,
+        cotrain,
+        fit_sites,
+        validate,
+    )
     from sparse import Batches, SparseGPT, SparseGPTConfig, SparsityConfig, TrainConfig
 
     _, fields, twin, shape, seed = CELLS[cell]
@@ -127,7 +138,13 @@ def train_cell(args, cell, folder, dense, train, heldout) -> dict[str, float]:
     started = process_time()
     cotrain(dense, sparse, bridges, Batches(train, BATCH, seed), config)
     seconds = process_time() - started
-    return {"seconds": seconds} | validate(dense, sparse, bridges, heldout.split(16))
+    fit = fit_sites(dense, sparse, train[:1024].split(16), heldout.split(16))
+    least = {"encode_least": fit.encoder_fvu, "decode_least": fit.decoder_fvu}
+    return (
+        {"seconds": seconds}
+        | validate(dense, sparse, bridges, heldout.split(16))
+        | {name: fvu.diagonal().mean().item() for name, fvu in least.items()}
+    )
 
 
 def table(rows: dict[str, dict], args) -> str:

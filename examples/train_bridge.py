@@ -92,8 +92,11 @@ def parse() -> argparse.Namespace:
         p.error(f"--encoder_k {args.encoder_k} must be above 0 and at most 1")
     if args.dense == "tiny" and args.preset is None:
         args.preset = "demo"
-    if args.output_dir and Path(args.output_dir).is_file():
-        p.error(f"--output_dir {args.output_dir} is a file; name a folder, there or to be made")
+    way = [Path(args.output_dir), *Path(args.output_dir).parents] if args.output_dir else []
+    for path in filter(Path.is_file, way):
+        p.error(
+            f"--output_dir {args.output_dir}: {path} is a file; name a folder, there or not yet"
+        )
     return args
 
 
@@ -157,6 +160,11 @@ def main() -> None:
     sparse, bridges, config = design(args, dense)
     say(f"twin: {sparse.num_parameters():,} parameters, {config.sparsity.density:.4f} kept")
     batches, heldout, means_from, data = read_text(args, dense.tokenizer)
+    if len(heldout) < 2:
+        raise ValueError(
+            f"the held-out text of {data['name']} fills {len(heldout)} block of {args.length} "
+            "tokens, and the report's errors need 2; give more text or a smaller --length"
+        )
     say(f"text: {data['name']}, {data.get('tokens', 'streamed')} training tokens")
     at_once = min(16, max(1, args.batch // (accelerator.num_processes * args.accumulate)))
     with compiled(dense, sparse) if args.compile else nullcontext():

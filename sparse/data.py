@@ -256,7 +256,7 @@ class StreamingBatches:
         if self.documents == 0:
             raise ValueError(
                 f"StreamingBatches: the rows held no document of part {self.part!r}; "
-                "check the split and the column"
+                "give more text, or check the split and the column"
             )
         self.epoch, self.documents, self._reader = self.epoch + 1, 0, None
         if hasattr(self.rows, "set_epoch"):

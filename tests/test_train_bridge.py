@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from bridges import cotrain, plan
 from dense import DenseModel
 from dense.load import TINY
-from sparse import StreamingBatches, first_blocks, stream_corpus
+from sparse import StreamingBatches, first_blocks, load_corpus, pack, stream_corpus
 
 SCRIPT = str(Path(__file__).resolve().parents[1] / "examples" / "train_bridge.py")
 CARDS = {"gpt2-80gb": 80e9, "gpt2-12gb": 12e9}  # bytes
@@ -169,6 +169,26 @@ def test_a_streamed_run_cut_in_two_ends_with_the_weights_of_an_undisturbed_one(
     assert torch.equal(run("cut"), whole)
     log = (tmp_path / "cut" / "log.jsonl").read_text()
     assert log.count('"step": 6') >= 1 and (tmp_path / "cut/checkpoints/step-00000005").is_dir()
+
+
+def test_what_the_report_will_need_is_asked_for_before_anything_is_trained(
+    folder, job, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "short").mkdir()
+    for i in range(60):
+        (tmp_path / "short" / f"{i}.txt").write_text(f"x_{i} = {i}\n")
+    (tmp_path / "a_file").touch()
+    with pytest.raises(SystemExit):
+        job("--output_dir", str(tmp_path / "a_file" / "run"))
+    assert "a_file is a file; name a folder" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    n = pack(load_corpus("short").validation, AutoTokenizer.from_pretrained(folder), 2).numel()
+    flags = ["--dense", str(folder), "--dataset", "short", "--preset", "smoke", "--density", "0.5"]
+    flags += ["--length", str(n // 2 + 1), "--expansion", "1", "--output_dir", "run"]
+    monkeypatch.setattr(sys, "argv", ["train_bridge.py", *flags])
+    with pytest.raises(ValueError, match=f"fills 1 block of {n // 2 + 1} tokens.* need 2"):
+        runpy.run_path(SCRIPT)["main"]()
+    assert not (tmp_path / "run").exists()
 
 
 def test_two_processes_are_started_as_the_refusal_of_one_says(folder, tmp_path):

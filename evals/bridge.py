@@ -49,7 +49,8 @@ def evaluate_bridge(
 
     Per bridged site the four measures above, each beside `draws` untrained bridges of the same
     config, centring and scale; then both models' cross entropy, KL(dense || sparse) and the loss
-    the hybrids recover, beside the unigram frequencies of the same text.
+    the hybrids recover, beside the unigram frequencies of the same text; where the dense model is
+    no better than these, there is no loss to recover and those rows are left out.
     """
     if len(blocks) < 2:
         raise ValueError(f"evaluate_bridge: {len(blocks)} block; an error needs at least 2")
@@ -164,6 +165,8 @@ def _model_rows(data: dict[Any, Tensor], sites: tuple[int, ...], seed: int) -> l
         row("cross entropy, sparse", sparse, unigram),
         row("KL(dense || sparse)", data["kl", "sparse"], data["kl", "unigram"]),
     ]
+    if (unigram - dense).sum() <= 0:
+        return rows  # nothing between the two to recover, and no fraction of it
     room = (unigram - dense).clamp(min=1e-6)
     for key, name in (("up_ce", "dense to sparse"), ("down_ce", "sparse to dense")):
         each = {s: (unigram - data[key, s]) / room for s in sites}

@@ -21,6 +21,10 @@ from .view import page
 
 QUICK = {"max_pairs": 24, "curve_draws": 15, "strengths": (0.5, 1, 2, 4)}
 """Smaller settings of the transfer: less precise, equally controlled."""
+NO_ROOM = (
+    "the dense model is no better than unigram frequencies on this text: there is no loss to "
+    "recover, and those rows are left out"
+)
 MOST_NODES = 300
 """Nodes of a circuit that are drawn, the best connected ones."""
 
@@ -72,6 +76,8 @@ def evaluate_run(
     stages.close()
     if not names:
         notes.append("no circuit in this run: only the bridges were measured")
+    if not any(row.name.startswith("loss recovered") for row in sections["Bridges"]):
+        notes.append(NO_ROOM)
     facts = {"seed": seed, "draws": draws, "quick": quick, "run": run.manifest}
     return Report(
         title=f"Sparse bridges: {run.manifest['dense']['name']}",

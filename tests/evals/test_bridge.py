@@ -89,6 +89,21 @@ def test_a_trained_model_beats_unigrams_and_a_task_model_does_not(run, blocks):
     assert set(rows["loss recovered, dense to sparse"].detail) == sites
 
 
+def test_no_share_of_the_loss_is_recovered_where_the_dense_model_is_worse_than_unigrams(
+    run, blocks
+):
+    worse = copy.deepcopy(run)
+    worse.dense.model.lm_head = copy.deepcopy(run.dense.model.lm_head)
+    with torch.no_grad():
+        worse.dense.model.lm_head.weight.neg_()  # confidently wrong
+    rows = named(evaluate_bridge(worse, blocks, draws=1))
+    dense = rows["cross entropy, dense"]
+    assert dense.value > dense.control
+    assert not [name for name in rows if name.startswith("loss recovered")]
+    better = named(evaluate_bridge(run, blocks, draws=1))  # the control
+    assert len([name for name in better if name.startswith("loss recovered")]) == 2
+
+
 def test_one_block_is_too_few(run, blocks):
     with pytest.raises(ValueError, match="at least 2"):
         evaluate_bridge(run, blocks[:1])

@@ -52,6 +52,10 @@ class Run:
     tokenizer: Any
     manifest: dict[str, Any]
 
+    def __repr__(self) -> str:
+        n = len(self.bridges.config.sites)
+        return f"Run({str(self.folder)!r}, dense {self.dense.name!r}, bridges at {n} sites)"
+
     def circuits(self) -> dict[str, Circuit]:
         """Return the circuits saved in the run, by task name; new ones go before built-in ones."""
         places = dict.fromkeys((self.folder, self.output))
@@ -144,8 +148,8 @@ def save_run(
     return load_run(folder, dense)
 
 
-def load_run(folder: str | Path, dense: DenseModel | None = None) -> Run:
-    """Open a run folder; the dense model is loaded by the name in the manifest unless given.
+def load_run(folder: str | Path, dense: DenseModel | str | None = None) -> Run:
+    """Open a run folder; the dense model, or its name or folder, is the manifest's unless given.
 
     "tiny" is the built-in run (its card: bridges/tiny_run/README.md), which is only read.
     A dense model other than the one the bridges were trained with is refused by fingerprint.
@@ -167,7 +171,8 @@ def load_run(folder: str | Path, dense: DenseModel | None = None) -> Run:
             f"{path} has schema version {found}, this library reads {SCHEMA_VERSION}; update the "
             "library or train again"
         )
-    dense = dense or DenseModel.from_pretrained(manifest["dense"]["name"])
+    if not isinstance(dense, DenseModel):
+        dense = DenseModel.from_pretrained(dense or manifest["dense"]["name"])
     sparse, tokenizer = _twin(folder / "sparse")
     bridges = BridgeSet.load(folder / "bridges")
     bridges.check(dense, sparse)

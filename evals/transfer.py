@@ -50,7 +50,11 @@ class Transfer:
 def evaluate_transfer(
     dense_circuit: Any, task: Task | None = None, tokenizer: Any = None, **options: Any
 ) -> list[Score]:
-    """Score a mapped circuit in its dense model; `options` are those of `measure_transfer`."""
+    """Score a mapped circuit in its dense model.
+
+    `options` are those of `measure_transfer`: draws=100 of directions and rotations, circuit_draws,
+    node_draws, strengths, max_pairs, seed, progress.
+    """
     return measure_transfer(dense_circuit, task, tokenizer, **options).scores
 
 

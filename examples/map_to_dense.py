@@ -26,7 +26,8 @@ def main() -> None:
     run = load_run(args.run_dir)
     found = run.circuits()
     if args.task not in found:
-        sys.exit(f"{args.run_dir} has circuits for {list(found)}; prune {args.task} first")
+        prune = f"python examples/find_circuit.py {args.run_dir} --task {args.task}"
+        sys.exit(f"{args.run_dir} has circuits for {list(found)}; first: {prune}")
     circuit = found[args.task]
     mapped = map_circuit(circuit, run.dense)
     site = mapped.site if args.site is None else args.site

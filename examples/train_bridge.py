@@ -54,7 +54,7 @@ def parse() -> argparse.Namespace:
         action=argparse.BooleanOptionalAction,
         help="read and tokenize the text as it is needed, in its order; default in gpt2 presets",
     )
-    p.add_argument("--output_dir", help="default: runs/<dense>-<preset>")
+    p.add_argument("--output_dir", help="default: runs/<dense>-<preset>; tokens go beside it")
     p.add_argument("--preset", choices=PRESETS, help="how long to train, on what; see above")
     p.add_argument("--plan", action="store_true", help="say what the run would take, and stop")
     p.add_argument("--steps", type=int, help="optimizer steps, instead of the preset's")
@@ -104,13 +104,15 @@ def site_map(text: str) -> dict[int, int]:
     """{dense site: sparse site} of D:S,D:S,...; empty, which is the even map, for "even"."""
     if text == "even":
         return {}
-    pairs = [[int(site) for site in pair.split(":")] for pair in text.split(",")]
+    pairs = [pair.split(":") for pair in text.split(",")]
+    if not all(len(pair) == 2 and all(map(str.isdecimal, pair)) for pair in pairs):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither even nor D:S,D:S,...; try 0:0,4:2")
     if len({d for d, _ in pairs}) < len(pairs):
-        raise ValueError(text)
-    return {d: s for d, s in pairs}
+        raise argparse.ArgumentTypeError(f"{text!r} names a dense site twice")
+    return {int(d): int(s) for d, s in pairs}
 
 
-def settle(args, dense, device) -> None:
+def settle(args, dense, device, processes=1) -> None:
     """Choose the preset where none was given, and what it leaves open."""
     import torch
 
@@ -123,6 +125,11 @@ def settle(args, dense, device) -> None:
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.output_dir = args.output_dir or f"runs/{Path(args.dense).name}-{args.preset}"
+    if args.batch % (processes * args.accumulate):
+        raise ValueError(
+            f"--batch {args.batch} cannot be shared by {processes} process(es) in "
+            f"{args.accumulate} passes; give a multiple of {processes * args.accumulate}"
+        )
     limit = getattr(dense.model.config.get_text_config(), "max_position_embeddings", None)
     if limit and args.length > limit:
         raise ValueError(f"{args.dense} has {limit} positions; give --length {limit} or less")
@@ -149,8 +156,8 @@ def main() -> None:
     dense = DenseModel.from_pretrained(args.dense)
     state.print(dense.describe())
     if dense.tokenizer is None:
-        raise ValueError(f"{args.dense} has no tokenizer; save one beside the model's weights")
-    settle(args, dense, state.device)
+        raise ValueError(f"{args.dense} has no tokenizer; tokenizer.save_pretrained there")
+    settle(args, dense, state.device, state.num_processes)
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     say = accelerator.print
     if args.plan or args.preset.startswith("gpt2"):
@@ -165,7 +172,7 @@ def main() -> None:
             f"the held-out text of {data['name']} fills {len(heldout)} block of {args.length} "
             "tokens, and the report's errors need 2; give more text or a smaller --length"
         )
-    say(f"text: {data['name']}, {data.get('tokens', 'streamed')} training tokens")
+    say(f"text: {data['name']}, tokens for training: {data.get('tokens', 'as they are read')}")
     at_once = min(16, max(1, args.batch // (accelerator.num_processes * args.accumulate)))
     with compiled(dense, sparse) if args.compile else nullcontext():
         cotrain(dense, sparse, bridges, batches, config, heldout.split(at_once), accelerator)
@@ -290,13 +297,17 @@ def report(args, run, say) -> None:
     paths = write_report(run, result)
     say(table(result))
     say("\nwrote " + "\n      ".join(str(path) for path in paths))
-    say(
-        "next:\n"
-        f"  open {paths[-1]} in a browser\n"
-        f"  python -m evals {run.folder}                      the same report again\n"
-        f"  python examples/map_to_dense.py {run.folder}      edit the dense model yourself\n"
-        f"  python examples/find_circuit.py {run.folder} --task FILE.jsonl     your own task"
-    )
+    again = " --quick" * (args.preset == "smoke") + f" --seed {args.seed}" * (args.seed != 0)
+    next_ = [
+        f"open {paths[-1]} in a browser",
+        f"python -m evals {run.folder}{again}    the same report again",
+        f"python examples/find_circuit.py {run.folder} --task FILE.jsonl    your own task",
+    ]
+    if run.circuits():
+        next_.append(
+            f"python examples/map_to_dense.py {run.folder}    edit the dense model yourself"
+        )
+    say("\n  ".join(["next:", *next_]))
 
 
 if __name__ == "__main__":

@@ -118,11 +118,14 @@ class Circuit:
         )
 
     def __str__(self) -> str:
-        shown = ", ".join(f"{what} {nats:.3f}" for what, nats in self.loss.items())
-        state = "met" if self.met else "NOT met"
+        splits: dict[str, list[str]] = {}
+        for what, nats in self.loss.items():
+            which, _, split = what.partition("/")
+            splits.setdefault(split, []).append(f"{which} {nats:.3f}")
         lines = [
-            f"circuit for {self.task.name}: {len(self)} of {self.n_total} nodes",
-            f"nats: {shown or 'not measured'}; target {self.target_loss} {state}",
+            f"circuit for {self.task.name}: {len(self)} of {self.n_total} nodes, target of "
+            f"{self.target_loss} nats {'met' if self.met else 'NOT met'}",
+            *(f"  {split}, nats: {', '.join(shown)}" for split, shown in splits.items()),
             *self.notes,
         ]
         return "\n".join(lines)

@@ -138,7 +138,8 @@ def train_cell(args, cell, folder, dense, train, heldout) -> dict[str, float]:
     started = process_time()
     cotrain(dense, sparse, bridges, Batches(train, BATCH, seed), config)
     seconds = process_time() - started
-    fit = fit_sites(dense, sparse, train[:1024].split(16), heldout.split(16))
+    some = train[: min(1024, BATCH * args.steps)]  # 131,072 tokens at most
+    fit = fit_sites(dense, sparse, some.split(16), heldout.split(16))
     least = {"encode_least": fit.encoder_fvu, "decode_least": fit.decoder_fvu}
     return (
         {"seconds": seconds}

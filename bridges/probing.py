@@ -90,15 +90,15 @@ def probe(
     """Return time and memory of the steps that `cotrain` would take, on random tokens.
 
     One sequence per process is tried, then twice as many, up to those of one pass of a step, as
-    long as the next size would end within `seconds` in all; the largest that held is returned. The
-    twin is at its final density. `fit` itself takes the steps and is stopped before it writes:
-    nothing is written and the random numbers that follow are the same, but `sparse` and `bridges`
-    are changed: build them anew before training. Raises ValueError as `plan` does.
+    long as the steps would end within `seconds` in all, compilation aside; the largest that held is
+    returned. The twin is at its final density. `fit` itself takes the steps and is stopped before
+    it writes: nothing is written and the random numbers that follow are the same, but `sparse` and
+    `bridges` are changed: build them anew before training. Raises ValueError as `plan` does.
     """
     device, world = accelerator.device, accelerator.num_processes
     most, n = rows_per_pass(batch, world, config.train.accumulate), 1
     dense.model.to(device)
-    best, began = Probe(device=_name(device)), perf_counter()
+    best, spent = Probe(device=_name(device)), 0.0
     while True:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):  # each step seeds
             found = _try(dense, sparse, bridges, config, n * world, length, accelerator)
@@ -106,7 +106,7 @@ def probe(
             return replace(best, failed=f"{n} x {length} tokens a process: {found}")
         # of several processes the slowest counts, and all go on or none
         took = _slowest(found.seconds or 0.0, accelerator)
-        best, spent = replace(found, seconds=took), _slowest(perf_counter() - began, accelerator)
+        best, spent = replace(found, seconds=took), spent + (1 + TIMED) * took
         if n == most or spent + 2 * (1 + TIMED) * took > seconds:
             return best
         n = min(2 * n, most)

@@ -1,6 +1,7 @@
 """A plan is right: parameters, state and disk to the byte, what a step keeps within a quarter."""
 
 from dataclasses import replace
+from time import sleep
 
 import pytest
 import torch
@@ -160,6 +161,21 @@ def test_a_probe_takes_the_real_step_at_growing_sizes_and_writes_nothing(
     assert p.hours() == pytest.approx(p.tokens / found.tokens_per_second / 3600)
     assert p.hours(1e9) == pytest.approx(1e9 / found.tokens_per_second / 3600)
     assert f"{p.hours(1e9):,.3g}" in str(p) and "resident peak" in str(p)
+
+
+@pytest.mark.parametrize(("took", "largest"), [(0.01, 8), (1.0, 1)])
+def test_what_a_probe_compiles_is_not_of_its_time_but_slow_steps_end_it(
+    took, largest, dense, sparse, bridges, monkeypatch
+):
+    from bridges import probing
+
+    def slow_to_start(*given):
+        sleep(0.1)
+        return Probe(device="cpu", sequences=given[4], length=6, seconds=took)
+
+    monkeypatch.setattr(probing, "_try", slow_to_start)
+    found = probe(dense, sparse, bridges, of_training(), 8, 6, Accelerator(), seconds=0.15)
+    assert found.sequences == largest
 
 
 @pytest.mark.parametrize("held", [0, 1, 2])

@@ -95,7 +95,7 @@ def parse() -> argparse.Namespace:
     way = [Path(args.output_dir), *Path(args.output_dir).parents] if args.output_dir else []
     for path in filter(Path.is_file, way):
         p.error(
-            f"--output_dir {args.output_dir}: {path} is a file; name a folder, there or not yet"
+            f"--output_dir {args.output_dir}: {path} is a file; name a folder, or one to be made"
         )
     return args
 
@@ -113,7 +113,7 @@ def site_map(text: str) -> dict[int, int]:
 
 
 def settle(args, dense, device, processes=1) -> None:
-    """Choose the preset where none was given, and what it leaves open."""
+    """Choose the preset where none was given, and what it leaves open; refuse what cannot be."""
     import torch
 
     if args.preset is None:
@@ -156,7 +156,9 @@ def main() -> None:
     dense = DenseModel.from_pretrained(args.dense)
     state.print(dense.describe())
     if dense.tokenizer is None:
-        raise ValueError(f"{args.dense} has no tokenizer; tokenizer.save_pretrained there")
+        raise ValueError(
+            f"{args.dense} has no tokenizer; tokenizer.save_pretrained beside the weights"
+        )
     settle(args, dense, state.device, state.num_processes)
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     say = accelerator.print

@@ -121,8 +121,28 @@ def test_the_preset_follows_the_model_and_the_device(job, monkeypatch):
     args = chosen(124e6, "cpu", 0, "gpt2", "--no-stream", "--accumulate", "2", "--steps", "9")
     assert (args.stream, args.accumulate, args.steps, args.length) == (False, 2, 9, 512)
     assert args.output_dir == "runs/gpt2-gpt2-12gb"
+    with pytest.raises(
+        ValueError, match="--batch 32 .* 1 process.* 3 passes; give a multiple of 3"
+    ):
+        chosen(124e6, "cpu", 0, "gpt2", "--accumulate", "3")
     with pytest.raises(ValueError, match="1024 positions; give --length 1024 or less"):
         chosen(124e6, "cpu", 0, "gpt2", "--length", "2000")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--sites 0:0,3", "'0:0,3' is neither even nor D:S,D:S,...; try 0:0,4:2"),
+        ("--sites 0:0,0:1", "'0:0,0:1' names a dense site twice"),
+        ("--encoder_k 1.5", "--encoder_k 1.5 must be above 0 and at most 1"),
+        ("--accumulate 0", "--accumulate 0 must be at least 1"),
+    ],
+)
+def test_a_flag_that_makes_no_sense_is_refused_with_what_would(flags, words, job, capsys):
+    with pytest.raises(SystemExit):
+        job(*flags.split())
+    assert words in capsys.readouterr().err
+    assert job("--sites", "4:2,0:0")[1].sites == {0: 0, 4: 2}  # control
 
 
 def test_a_streamed_run_reads_what_streaming_batches_promise(job, tmp_path):

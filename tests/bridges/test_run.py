@@ -158,7 +158,8 @@ def test_an_exported_run_opens_as_the_run_itself(saved, circuit_of, task, ids, t
 
 def test_the_built_in_run_opens_and_is_only_read(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    run = load_run("tiny")
+    run = load_run("tiny", "tiny")  # the dense model by its name
+    assert repr(run).endswith("dense 'tiny', bridges at 5 sites)")
     circuit = run.circuits()["single_double_quote"]
     assert circuit.met and len(circuit) < 100
     mapped = map_circuit(circuit, run.dense)  # its bridges are found beside it

@@ -14,6 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from bridges import BridgeConfig, BridgeSet, CotrainConfig, plan
+from sparse import SparsityConfig, TrainConfig
+
 SCRIPT = Path(__file__).with_name("devices.py")
 LAST = Path("checkpoints", "step-00000006")
 TOGETHER = ["two", "two-of-one", "shard", "shard-of-one", "shard-parts"]
@@ -93,6 +96,21 @@ def test_a_shard_is_half_and_the_models_are_whole_and_plain_afterwards(out, name
     for each in (first, second):
         assert each["plain"] and each["hooks"] == 0
         assert each["compressed"] > 0, "products ran on gathered weights by compressed rows"
+
+
+@pytest.mark.parametrize(("name", "shard"), [("shard", True), ("two", False)])
+def test_a_plan_says_what_each_of_two_processes_holds(out, dense, build, name, shard):
+    sparse = build.sparse()
+    maps = BridgeSet(BridgeConfig.between(dense, sparse, k=7))
+    train = TrainConfig(steps=6, folder="unused", shard=shard)
+    config = CotrainConfig(train=train, sparsity=SparsityConfig(density=0.1, floor=1))
+    p = plan(dense, sparse, maps, config, 8, 6, processes=2)
+    state = p.state["weights of twin and bridges"] - sum(b.nbytes for b in maps.buffers())
+    for rank in (0, 1):
+        part = facts(out, name, rank)["part"]
+        moments = part["exp_avg"] + part["exp_avg_sq"]
+        assert p.state["Adam's moments"] / 4 == pytest.approx(moments, rel=0.03)
+        assert state / 4 == pytest.approx(part["params"], rel=0.03)
 
 
 def test_without_sharding_every_process_holds_everything(out):

@@ -9,7 +9,7 @@ draw). All numbers are written exactly, as hexadecimal floats, and compared as t
 recorded beforehand, because digits belong to one machine.
 
 This is how a refactoring proves itself: the two sides agree, or the first lines that differ are
-shown and the exit status is 1. A control, `--change`, moves one weight of the twin in NEW by one unit
+shown and the exit status is 1. A control, `--change`, moves one weight in NEW by one unit
 in the last place before anything runs: with it the sides must differ.
 """
 

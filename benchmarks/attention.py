@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from timing import quartiles
 
-from sparse.attention import flash_sink
+from sparse.ops.attention_sink import flash_sink
 
 SIZES = [(128, 64, 16), (512, 64, 16), (1024, 16, 64), (2048, 16, 16)]  # T, heads, d_head
 

@@ -22,8 +22,8 @@ from peer_pruning import PeerMasks, random_values, sparse_model
 from timing import quartiles
 
 from sparse import PruneConfig
-from sparse.compiled import CompiledCircuit
-from sparse.mask import masked
+from sparse.circuits.extract.circuit_module import CircuitModule
+from sparse.circuits.mask import masked
 
 KINDS, MODES = ("zero", "mean"), ("sliced", "exact")
 
@@ -45,7 +45,7 @@ def measure(mode: str, share: float, ablation: str, repeats: int) -> None:
     peer = PeerMasks(model, values, PruneConfig())
     for tau, m in zip(peer.tau, keep.values(), strict=True):
         tau.copy_(torch.where(m, 1.0, -1.0))
-    circuit = CompiledCircuit(model, keep, values, mode)
+    circuit = CircuitModule(model, keep, values, mode)
 
     def ours() -> torch.Tensor:
         with masked(model, keep, values):

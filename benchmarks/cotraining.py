@@ -40,13 +40,15 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging
 
-from bridges import BridgeConfig, BridgeSet, CotrainConfig, Plan, plan, probe
-from bridges.cotraining import Cotraining
-from bridges.losses import nmse
+from bridges import BridgeConfig, BridgeSet, CotrainConfig, Plan, plan, time_steps
+from bridges.losses.quantities import nmse
+from bridges.training.cotrain import Cotraining
 from dense import DenseModel
-from sparse.model import SparseGPT, SparseGPTConfig
-from sparse.project import SparsityConfig, project_model_
-from sparse.train import TrainConfig, scale_
+from sparse.model.config import SparseGPTConfig
+from sparse.model.gpt import SparseGPT
+from sparse.training.config import TrainConfig
+from sparse.training.groups import scale_
+from sparse.training.sparsity import SparsityConfig, project_model_
 
 SIZES = {  # layers, dense width, sparse width, vocabulary, positions, sequences
     "check": (2, 16, 32, 50, 12, 3),
@@ -384,8 +386,8 @@ def gpt2_on_a_card(name: str) -> Plan:
     module, _ = build("gpt2-80gb", VARIANTS[name])
     train = replace(module.config.train, mixed_precision="bf16", folder="unused")
     models = (module.dense, module.sparse, module.bridges, replace(module.config, train=train))
-    found = probe(*models, batch, n_pos, Accelerator(mixed_precision="bf16"), seconds=120)
-    return plan(*models, batch, n_pos, probe=found)
+    found = time_steps(*models, batch, n_pos, Accelerator(mixed_precision="bf16"), seconds=120)
+    return plan(*models, batch, n_pos, step_time=found)
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse import PruneConfig, SparseGPT, SparseGPTConfig, project_
-from sparse.mask import straight_through
+from sparse.circuits.mask import straight_through
 
 SIZES = {  # d_resid, layers, vocabulary of the sizes S and W
     "S": dict(hidden_size=256, num_hidden_layers=2, vocab_size=2048, intermediate_size=1024),

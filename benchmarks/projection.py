@@ -22,7 +22,7 @@ import torch
 from timing import quartiles, seconds
 
 from sparse import SparseGPT, SparseGPTConfig
-from sparse.project import Budget, SparsityConfig, budgets, project_model_
+from sparse.training.sparsity import Budget, SparsityConfig, budgets, project_model_
 
 SHAPES = {  # name: layers, width, vocabulary
     "W": (2, 1024, 4096),

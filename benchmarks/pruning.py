@@ -22,11 +22,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from peer_pruning import PeerMasks, random_values, sparse_model
 from timing import quartiles
 
-from sparse.csr import csr_products
-from sparse.mask import last_logits, masked, straight_through
-from sparse.model import SparseGPT
-from sparse.prune import PruneConfig
-from sparse.tasks import TaskBatch, logit_difference, task_nats
+from sparse.circuits.mask import masked, straight_through
+from sparse.circuits.pruning.config import PruneConfig
+from sparse.circuits.score import last_logits
+from sparse.model.gpt import SparseGPT
+from sparse.ops.csr_linear import csr_products
+from sparse.tasks.batch import TaskBatch, logit_difference, task_nats
 
 N_POS, N_PROMPTS = 128, 16
 

@@ -29,9 +29,9 @@ from timing import quartiles
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from sparse import SparseGPT, SparseGPTConfig
-from sparse.csr import csr_products
-from sparse.project import SparsityConfig, budgets, project_model_
-from sparse.train import scale_
+from sparse.ops.csr_linear import csr_products
+from sparse.training.groups import scale_
+from sparse.training.sparsity import SparsityConfig, budgets, project_model_
 
 SHAPES = {  # name: layers, width, vocabulary, positions, batch
     "S": (2, 256, 2048, 128, 8),

@@ -4,18 +4,20 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from warnings import warn
 
 if TYPE_CHECKING:
-    from .bridge import BridgeConfig, BridgeSet
-    from .compiling import compiled
-    from .cotraining import cotrain, validate
-    from .intervene import DenseCircuit
-    from .planning import Plan, plan
-    from .probing import Probe, probe
-    from .run import Run, load_run, save_run
-    from .settings import CotrainConfig, Weights
-    from .sitemap import even_sites, fit_sites
-    from .transfer import map_circuit
+    from .cost.plan import Plan, plan
+    from .cost.step_time import StepTime, time_steps
+    from .maps.bridge import BridgeConfig, BridgeSet
+    from .maps.site_map import even_sites, fit_sites
+    from .run_folder import Run, load_run, save_run
+    from .training.config import CotrainConfig, LossWeights
+    from .training.cotrain import cotrain
+    from .training.torch_compile import compiled
+    from .training.validate import validate
+    from .transfer.dense_circuit import DenseCircuit
+    from .transfer.map_circuit import map_circuit
 
 __version__ = "0.1.0"
 __sparse_bridges__ = "bridges"
@@ -24,10 +26,10 @@ __all__ = [
     "BridgeSet",
     "CotrainConfig",
     "DenseCircuit",
+    "LossWeights",
     "Plan",
-    "Probe",
     "Run",
-    "Weights",
+    "StepTime",
     "compiled",
     "cotrain",
     "even_sites",
@@ -35,30 +37,30 @@ __all__ = [
     "load_run",
     "map_circuit",
     "plan",
-    "probe",
     "save_run",
+    "time_steps",
     "validate",
 ]
 
 _HOME = {
-    "BridgeConfig": "bridge",
-    "BridgeSet": "bridge",
-    "CotrainConfig": "settings",
-    "Weights": "settings",
-    "compiled": "compiling",
-    "cotrain": "cotraining",
-    "Plan": "planning",
-    "plan": "planning",
-    "Probe": "probing",
-    "probe": "probing",
-    "even_sites": "sitemap",
-    "fit_sites": "sitemap",
-    "validate": "cotraining",
-    "Run": "run",
-    "load_run": "run",
-    "save_run": "run",
-    "DenseCircuit": "intervene",
-    "map_circuit": "transfer",
+    "BridgeConfig": "maps.bridge",
+    "BridgeSet": "maps.bridge",
+    "CotrainConfig": "training.config",
+    "LossWeights": "training.config",
+    "compiled": "training.torch_compile",
+    "cotrain": "training.cotrain",
+    "Plan": "cost.plan",
+    "plan": "cost.plan",
+    "StepTime": "cost.step_time",
+    "time_steps": "cost.step_time",
+    "even_sites": "maps.site_map",
+    "fit_sites": "maps.site_map",
+    "validate": "training.validate",
+    "Run": "run_folder",
+    "load_run": "run_folder",
+    "save_run": "run_folder",
+    "DenseCircuit": "transfer.dense_circuit",
+    "map_circuit": "transfer.map_circuit",
 }
 
 
@@ -83,8 +85,16 @@ def _check_siblings() -> None:
 _check_siblings()
 
 
+_RENAMED = {"Weights": "LossWeights", "Probe": "StepTime", "probe": "time_steps"}
+"""Names of before, which answer with the new one for a while."""
+
+
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first asked for, so that --help stays quick."""
+    if name in _RENAMED:
+        new = _RENAMED[name]
+        warn(f"bridges.{name} is now bridges.{new}", DeprecationWarning, stacklevel=2)
+        name = new
     if name not in _HOME:
         raise AttributeError(f"module 'bridges' has no attribute {name!r}; it has {__all__}")
     return getattr(import_module(f".{_HOME[name]}", __name__), name)

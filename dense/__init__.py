@@ -1,17 +1,10 @@
 """Any Hugging Face causal language model, read and edited at its residual sites."""
 
-from dense.delta import Edit, LiveEdit
-from dense.edit import (
-    apply_edits,
-    as_dense,
-    editing,
-    generate_edited,
-    run_edited,
-    tiny,
-    trace_model,
-)
-from dense.model import DenseModel
-from dense.sites import SiteError
+from .edit import Edit, LiveEdit
+from .model import DenseModel
+from .open import as_dense, tiny
+from .sites import SiteError
+from .traced import apply_edits, editing, generate_edited, run_edited, trace_model
 
 __version__ = "0.1.0"
 __sparse_bridges__ = "dense"

@@ -1,256 +1,199 @@
-"""Edits of the residual stream, applied by nnsight to the hookable twin.
+"""What is added to the residual stream of a dense model, and where.
 
-    h_s <- h_s + sum of what the edits of site s add        at every pass over the model
+    h_s[b, p] <- h_s[b, p] + amount[b, p] * direction[b, p]      at the site s and positions p
 
-A trace is one pass, a generation one for the prompt and one for every new token; `delta.py` says
-what an edit means at each. This is the only file that imports nnsight, and it does so when it is
-asked to trace.
+In a generation the prompt is one pass and every new token another. What is said of the prompt's
+positions, by naming them or by a direction of its own for each, holds for the prompt alone; a
+direction that is the same at all positions holds at the generated ones too.
 """
 
-import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from numbers import Real
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Float, Int, Shaped
-from torch import Tensor, nn
+import torch.nn.functional as F
+from jaxtyping import Float, Shaped
+from torch import Tensor
 
-from dense.delta import Edit, Edits, LiveEdit, check_edits
-from dense.model import DenseModel
+from .model import DenseModel
 
 
-def run_edited(
-    dense: DenseModel,
-    ids: Int[Tensor, "batch pos"],
-    edits: Edits,
-    attention_mask: Shaped[Tensor, "batch pos"] | None = None,
-) -> Float[Tensor, "batch pos vocab"]:
-    """Return the logits of `dense` with `edits` applied, through nnsight.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Edit:
+    """What is added to the residual stream of a dense model at one site.
 
-    Edits at one site add up; those at different sites act in depth order, each on the stream that
-    the earlier ones have changed. No edits, or edits of amount 0, give the plain model's logits
-    bit for bit. Gradients flow to directions and amounts. Raises ValueError for an edit that does
-    not fit the model.
+    An edit at site s and its negative at s+1 move only what sublayer s reads: the first is seen
+    by the sublayer and carried along the stream, the second takes it out of the stream again.
     """
-    check_edits(dense, edits)
-    inputs = dense.inputs(ids, attention_mask)
-    traced = _shared(dense)
-    with traced.trace(**inputs):
-        apply_edits(traced, dense, edits, attention_mask=attention_mask, ids=ids)
-        logits = traced.output.logits.save()
-    return logits
+
+    site: int
+    """Residual site in depth order, 0..n_sites-1."""
+    direction: Float[Tensor, "*any d"]
+    """What is added, broadcast to (batch, pos, d); in the residual's own units."""
+    amount: float | Tensor = 1.0
+    """Factor on the direction, a number or a tensor that broadcasts to (batch, pos)."""
+    position: None | int | tuple[int, ...] = None
+    """Positions of the prompt that are edited, counted over the real tokens of each row, negative
+    ones from its end; None is all positions."""
+    prompt_only: bool = False
+    """Whether generated positions are left alone. An edit at named positions, or with a direction
+    or an amount of its own for each position, leaves them alone in any case."""
+
+    def __post_init__(self) -> None:
+        check_site(self.site)
+        check_amount(self.amount, f"Edit at site {self.site}: amount")
+
+    def delta(
+        self,
+        h: Float[Tensor, "batch pos d_dense"],
+        attention_mask: Shaped[Tensor, "rows own"] | None = None,
+        step: int = 0,
+    ) -> Float[Tensor, "batch pos d_dense"]:
+        """Return what this edit adds to the residual `h`, zero at other positions.
+
+        `attention_mask` has the real tokens of the prompt's last columns, by default all of them;
+        columns before it are padding. `step` is the number of tokens generated so far: h is then
+        one new position (with a cache) or the prompt and `step` more. Raises ValueError for a
+        direction, an amount or a position that does not fit `h`.
+        """
+        if self._everywhere():
+            return self._product(h)
+        n_prompt = 0 if step and h.shape[1] == 1 else h.shape[1] - step
+        if n_prompt < 1:
+            return torch.zeros_like(h)
+        pad = 0
+        if attention_mask is not None:
+            pad = n_prompt - attention_mask.shape[-1]
+            self._check_mask(attention_mask, h, n_prompt)
+        own = h[:, pad:n_prompt]
+        delta = self._product(own)
+        if self.position is not None:
+            real = own.new_ones(1, own.shape[1]) if attention_mask is None else attention_mask
+            delta = torch.where(self._chosen(real.to(h.device) != 0)[..., None], delta, 0.0)
+        return F.pad(delta, (0, 0, pad, h.shape[1] - n_prompt))
+
+    def length(self) -> int:
+        """Return for how many positions it has values of their own, 1 if for none."""
+        amount = self.amount.shape[-1:] if isinstance(self.amount, Tensor) else ()
+        return max(*self.direction.shape[-2:-1], *amount, 1, 1)
+
+    def _everywhere(self) -> bool:
+        """Whether it is the same at every position and says so of generated ones too."""
+        return not (self.length() > 1 or self.prompt_only or self.position is not None)
+
+    def _product(self, h: Tensor) -> Tensor:
+        direction = self.direction.to(h)
+        amount = torch.as_tensor(self.amount, dtype=h.dtype, device=h.device)
+        for what, value, shape in (
+            ("direction", direction, h.shape),
+            ("amount", amount, h.shape[:2]),
+        ):
+            if not _broadcasts(value.shape, shape):
+                raise ValueError(
+                    f"Edit at site {self.site}: {what} of shape {tuple(value.shape)} does not "
+                    f"broadcast to {tuple(shape)}, the residual there being {tuple(h.shape)}"
+                )
+        return (amount[..., None] * direction).expand(h.shape)
+
+    def _chosen(self, real: Tensor) -> Tensor:
+        """Which columns are edited, (rows, pos): the p-th real token of each row."""
+        place, count = real.cumsum(-1) - 1, real.sum(-1, keepdim=True)
+        least = int(count.min())
+        wanted = self.position if isinstance(self.position, tuple) else (self.position,)
+        if wrong := [p for p in wanted if not -least <= p < least]:  # pyright: ignore
+            raise ValueError(
+                f"Edit at site {self.site}: positions {wrong} are outside {-least}..{least - 1}"
+            )
+        chosen = torch.zeros_like(real)
+        for p in wanted:
+            chosen |= real & (place == (p if p >= 0 else count + p))  # pyright: ignore
+        return chosen
+
+    def _check_mask(self, mask: Tensor, h: Tensor, n_prompt: int) -> None:
+        if mask.ndim != 2 or mask.shape[0] not in (1, len(h)) or mask.shape[1] > n_prompt:
+            raise ValueError(
+                f"Edit at site {self.site}: the attention_mask has shape {tuple(mask.shape)}, but "
+                f"the prompt has {len(h)} rows of {n_prompt} positions"
+            )
 
 
-def generate_edited(
-    dense: DenseModel,
-    ids: Int[Tensor, "batch pos"],
-    edits: Edits,
-    attention_mask: Shaped[Tensor, "batch pos"] | None = None,
-    **kwargs: Any,
-) -> Any:
-    """Return prompts and what `dense` with `edits` at every step adds to them, Int[batch longer].
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LiveEdit:
+    """An edit computed anew at every pass, from the tokens so far.
 
-    `kwargs` go to Hugging Face's `generate` (max_new_tokens, do_sample, use_cache and so on), and
-    its answer is returned: something else than ids if they ask for it. With
-    or without a cache the edits mean the same. Which edits act on generated positions `delta.py`
-    says; a LiveEdit does. Without gradient. Raises ValueError for an edit that does not
-    fit, and for live edits under beam search, which swaps rows between steps.
+    h_s <- h_s + amount * compute(ids, attention_mask)[:, -n:]      n positions in the pass
     """
-    dense.inputs(ids, attention_mask)  # refuses what the model cannot take
-    if attention_mask is None and "attention_mask" in _parameters(dense.model):
-        attention_mask = torch.ones_like(ids)
-    if attention_mask is not None:
-        kwargs["attention_mask"] = attention_mask
-    config = kwargs.get("generation_config") or dense.model.generation_config
-    beams = kwargs.get("num_beams") or config.num_beams or 1
-    if beams > 1 and any(isinstance(edit, LiveEdit) for edit in edits):
-        raise ValueError(
-            f"num_beams={beams}: a live edit follows the tokens of each row, and beam search swaps "
-            "rows between steps; generate greedily or by sampling"
-        )
-    with editing(_shared(dense), dense, edits) as edited:
-        return edited.trace(input_ids=ids, fn="generate", trace=False, **kwargs)
+
+    site: int
+    """Residual site in depth order, 0..n_sites-1."""
+    compute: Callable[[Tensor, Tensor | None], Tensor]
+    """(ids, attention_mask), both (batch, pos) over prompt and generated tokens, to what is added,
+    (batch, pos, d). The mask is None where the model got none. The value at a position may depend
+    on that token and earlier ones only, since a cache does not visit positions again."""
+    amount: float | Tensor = 1.0
+    """Factor on what is computed."""
+
+    def __post_init__(self) -> None:
+        check_site(self.site)
+        check_amount(self.amount, f"LiveEdit at site {self.site}: amount")
+
+    def delta(
+        self, h: Tensor, ids: Tensor | None, attention_mask: Tensor | None
+    ) -> Float[Tensor, "batch pos d_dense"]:
+        """Return what this edit adds to the residual `h` of the last positions of `ids`."""
+        if ids is None:
+            raise ValueError(
+                f"LiveEdit at site {self.site} needs the tokens so far: pass ids= to apply_edits, "
+                "or enter it with editing(...)"
+            )
+        if attention_mask is not None:  # what was generated is real
+            attention_mask = F.pad(
+                attention_mask, (0, ids.shape[1] - attention_mask.shape[1]), value=1
+            )
+        delta = self.compute(ids, attention_mask)[:, -h.shape[1] :]
+        if delta.shape != h.shape:
+            raise ValueError(
+                f"LiveEdit at site {self.site}: compute gave {tuple(delta.shape)} for the last "
+                f"positions, where the residual is {tuple(h.shape)}"
+            )
+        amount = torch.as_tensor(self.amount, dtype=h.dtype, device=h.device)
+        return amount[..., None] * delta.to(h)
 
 
-_TRACED: WeakKeyDictionary[DenseModel, Any] = WeakKeyDictionary()
+Edits = Sequence[Edit | LiveEdit]
 
 
-def _shared(dense: DenseModel) -> Any:
-    """The library's own wrapper of a twin of `dense`, made once."""
-    if dense not in _TRACED:
-        _TRACED[dense] = _wrap(dense.hookable())
-    return _TRACED[dense]
+def check_edits(dense: DenseModel, edits: Edits) -> None:
+    """Raise ValueError for an edit at a site or of a width that `dense` does not have."""
+    for edit in edits:
+        dense.site_path(edit.site)
+        if isinstance(edit, Edit) and edit.direction.shape[-1:] != (dense.d_resid,):
+            raise ValueError(
+                f"Edit at site {edit.site}: the direction has width {edit.direction.shape[-1]}, "
+                f"but the residuals of {dense.name} have {dense.d_resid}"
+            )
 
 
-def apply_edits(
-    traced: Any,
-    dense: DenseModel,
-    edits: Edits,
-    *,
-    attention_mask: Shaped[Tensor, "rows own"] | None = None,
-    step: int = 0,
-    ids: Int[Tensor, "batch pos"] | None = None,
-) -> None:
-    """Apply `edits` inside a trace of `traced`, a wrapper from `trace_model(dense)`.
-
-        with traced.trace(**dense.inputs(ids)):
-            apply_edits(traced, dense, edits)
-            h = traced.get(dense.site_path(4)).output.save()
-
-    nnsight wants modules in the order in which they run: read earlier sites before this call and
-    later ones after it. A module that was edited reads as edited.
-
-    Where prompts are padded, `attention_mask` says which tokens are real. In one of several
-    invokes, which nnsight pads on the left to one length, it is the mask of the invoke's own prompt
-    (ones); an edit with a direction for each position needs none, it belongs to the last columns.
-    In a generation, apply the edits at every step and say which:
-
-        with traced.generate(prompt, max_new_tokens=n) as tracer:
-            for step in tracer.iter[:n]:
-                apply_edits(traced, dense, edits, step=step)
-
-    `ids` are the tokens so far, for live edits; `editing` keeps count of all this by itself. Raises
-    ValueError for edits, or a wrapper, that do not fit.
-    """
-    check_edits(dense, edits)
-    _check_traced(traced, dense)
-    for site in sorted({edit.site for edit in edits}):
-        module = traced.get(dense.site_path(site))
-        h = module.output
-        deltas = []
-        for edit in (edit for edit in edits if edit.site == site):
-            if isinstance(edit, LiveEdit):
-                deltas.append(edit.delta(h, ids, attention_mask))
-            else:
-                mask = _own_columns(traced, edit, h) if attention_mask is None else attention_mask
-                deltas.append(edit.delta(h, mask, step))
-        module.output = h + sum(deltas)
+def check_site(site: Any) -> None:
+    """Raise ValueError for a site that is not a whole number."""
+    if isinstance(site, bool) or not isinstance(site, int):
+        raise ValueError(f"site={site!r} must be an int, the index of a residual site")
 
 
-def _own_columns(traced: Any, edit: Edit, h: Tensor) -> Tensor | None:
-    """The mask of an edit in one of several invokes, which nnsight padded on the left."""
-    batcher = traced.interleaver.batcher
-    if batcher is None or not batcher.batching:
-        return None
-    if (length := edit.length()) > 1:
-        return h.new_ones(1, min(length, h.shape[1]))
-    wanted = edit.position if isinstance(edit.position, tuple) else (edit.position,)
-    if any(p is not None and p >= 0 for p in wanted):
-        raise ValueError(
-            f"Edit at site {edit.site}: several invokes are padded to one length, so it is unclear "
-            f"where position {edit.position} is; pass attention_mask= of this invoke's own prompt, "
-            "or count from its end (-1, -2, ...)"
-        )
-    return None
+def check_amount(amount: Any, what: str) -> None:
+    """Raise ValueError for a factor that is not a finite number or a tensor of them."""
+    if isinstance(amount, Tensor):
+        fine = bool(torch.isfinite(amount).all())
+    else:
+        fine = isinstance(amount, Real) and math.isfinite(amount)
+    if not fine:
+        raise ValueError(f"{what}={amount!r} must be a finite number, or a tensor of them")
 
 
-@contextmanager
-def editing(traced: Any, dense: DenseModel, edits: Edits) -> Iterator[Any]:
-    """Yield a copy of `traced` on which every trace and generation has the edits, at every step.
-
-        with editing(traced, dense, edits) as edited:
-            with edited.trace(prompt):
-                logits = edited.output.logits.save()
-            ids = edited.generate(prompt, max_new_tokens=20)
-
-    `traced` is a wrapper from `trace_model(dense)` and stays as it is. Padding is read from the
-    model's own attention_mask. The rows of the edits are those of the whole pass, over all invokes.
-    What your own trace reads is edited already. Afterwards the copy is plain again.
-    """
-    check_edits(dense, edits)
-    _check_traced(traced, dense)
-    with traced.edit() as (tracer, edited):
-        _at_every_pass(tracer, edited, dense, edits)
-    try:
-        yield edited
-    finally:
-        edited.clear_edits()
-
-
-def _at_every_pass(tracer: Any, traced: Any, dense: DenseModel, edits: Edits) -> None:
-    """Apply `edits` at every pass of a run, keeping count of tokens and padding."""
-    from nnsight.intervention.interleaver import OutOfOrderError
-
-    so_far, mask, step = None, None, 0
-    try:
-        for step in tracer.iter[:]:
-            args, kwargs = traced.inputs
-            ids = args[0] if args else kwargs.get("input_ids")
-            if not step:
-                so_far, mask = ids, kwargs.get("attention_mask")
-            elif so_far is not None and ids is not None:
-                so_far = torch.cat((so_far, ids), -1) if ids.shape[1] == 1 else ids
-            apply_edits(traced, dense, edits, attention_mask=mask, step=step, ids=so_far)
-    except OutOfOrderError:
-        if not step:  # later it is how nnsight ends a loop: the run has no further pass
-            raise
-
-
-def trace_model(dense: DenseModel) -> Any:
-    """Return an nnsight wrapper of a fresh hookable twin of `dense`.
-
-    With a tokenizer it takes text and generates (`nnsight.TransformersModel`), otherwise it takes
-    ids (`nnsight.NNsight`; generate by `traced.trace(input_ids=ids, fn="generate")`). The original
-    model is not touched. Use it in one thread at a time.
-    """
-    return _wrap(dense.hookable(), dense.tokenizer)
-
-
-def as_dense(model: Any) -> DenseModel:
-    """Return `model` as a DenseModel: one already, a PreTrainedModel, an nnsight wrapper or a name.
-
-    A wrapper gives the model inside it, and its tokenizer. Raises ValueError for anything else.
-    """
-    if isinstance(model, DenseModel):
-        return model
-    if isinstance(model, (str, Path)):
-        return DenseModel.from_pretrained(model)
-    tokenizer = None
-    if type(model).__module__.partition(".")[0] == "nnsight":
-        tokenizer = getattr(model, "tokenizer", None)
-        model = model._module
-    if not isinstance(model, nn.Module):
-        raise ValueError(
-            f"{type(model).__name__} is no dense model; pass a DenseModel, a PreTrainedModel, an "
-            "nnsight model, or the name or folder of one"
-        )
-    return DenseModel(model.__dict__.get("original", model), tokenizer)
-
-
-def tiny() -> DenseModel:
-    """Return the built-in dense model: a small trained GPT-2 with its own tokenizer."""
-    return DenseModel.from_pretrained("tiny")
-
-
-def _check_traced(traced: Any, dense: DenseModel) -> None:
-    """Raise ValueError unless `traced` wraps a hookable twin of `dense`."""
-    inside = getattr(traced, "_module", None)
-    if not isinstance(inside, nn.Module):
-        raise ValueError(
-            f"{type(traced).__name__} is no nnsight wrapper; make one with trace_model(dense)"
-        )
-    original = inside.__dict__.get("original")
-    if original is None:
-        raise ValueError(
-            "this wrapper is of the plain model, which has no module at its residual sites; use "
-            "trace_model(dense), or wrap dense.hookable()"
-        )
-    if original is not dense.model:
-        raise ValueError(
-            f"this wrapper is of another model than {dense.name}; use its own, trace_model(dense)"
-        )
-
-
-def _parameters(model: nn.Module) -> set[str]:
-    return set(inspect.signature(type(model).forward).parameters)
-
-
-def _wrap(module: nn.Module, tokenizer: Any = None) -> Any:
-    import nnsight
-
-    if tokenizer is None:
-        return nnsight.NNsight(module)
-    return nnsight.TransformersModel(module, tokenizer=tokenizer, task="text-generation")
+def _broadcasts(shape: Sequence[int], onto: Sequence[int]) -> bool:
+    return len(shape) <= len(onto) and all(
+        a in (1, b) for a, b in zip(reversed(shape), reversed(onto), strict=False)
+    )

@@ -13,7 +13,7 @@ from urllib.request import Request, urlopen
 
 import torch
 
-from dense.sites import SiteError
+from .sites import SiteError
 
 TINY = Path(__file__).parent / "tiny_data"
 

@@ -4,9 +4,9 @@
     h[s]  Float[batch pos d_dense]      the residual at site s = 0 .. n_sites-1
     y     Float[batch pos vocab]        logits
 
-Every run is one forward of the family's own code, in which some blocks are stand-ins (passes.py):
-they record the stream, hand it through, or put another one in its place. Masks, rotary tables, the
-final norm, soft-caps and scalings are therefore the model's own.
+Every run is one forward of the family's own code, in which some blocks are stand-ins
+(stand_ins.py): they record the stream, hand it through, or put another one in its place. Masks,
+rotary tables, the final norm, soft-caps and scalings are therefore the model's own.
 """
 
 from collections.abc import Mapping
@@ -17,14 +17,14 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-from dense.identity import fingerprint
-from dense.inputs import Inputs
-from dense.load import TINY, load, refuse_unsuitable
-from dense.passes import Passes, learn_axes
-from dense.proof import check_function, check_joined, pads_left, prove
-from dense.sites import Layout
-from dense.split import probe
-from dense.twin import deep_twin, replaced, site_block, transplanted
+from .fingerprint import fingerprint
+from .inputs import Inputs
+from .load import TINY, load, refuse_unsuitable
+from .probe import probe
+from .proof import check_function, check_joined, pads_left, prove
+from .sites import Layout
+from .stand_ins import StandIns, learn_axes
+from .twin import deep_twin, replaced, site_block, transplanted
 
 
 class DenseModel:
@@ -49,11 +49,11 @@ class DenseModel:
         check_function(model)
         self.layout: Layout = probe(model)
         self._inputs = Inputs(model)
-        self._passes = Passes(model, self.layout)
+        self._stand_ins = StandIns(model, self.layout)
         self._inputs.pads_left = pads_left(model, self._inputs)
         moved, want = prove(model, self.layout, self.residuals, self.resume, self._besides)
         self.apart_because: str | None
-        self._axes, self.apart_because = learn_axes(self._passes, self._inputs)
+        self._axes, self.apart_because = learn_axes(self._stand_ins, self._inputs)
         self.apart_because = check_joined(model, moved, want, self.joined, self.unembed) or (
             self.apart_because
         )
@@ -117,7 +117,7 @@ class DenseModel:
     def fingerprint(self) -> str:
         """Return the sha256 of the weights and of the config fields that decide the function.
 
-        Computed anew each time it is asked for. See `identity.fingerprint`.
+        Computed anew each time it is asked for. See `dense.fingerprint`.
         """
         return fingerprint(self.model)
 
@@ -157,7 +157,7 @@ class DenseModel:
 
         Without gradient: the model is frozen and nothing before site 0 can carry one.
         """
-        return self._passes.read(self.inputs(ids, attention_mask, position_ids), False)[0]
+        return self._stand_ins.read(self.inputs(ids, attention_mask, position_ids), False)[0]
 
     def residuals_and_logits(
         self,
@@ -166,7 +166,7 @@ class DenseModel:
         position_ids: Int[Tensor, "batch pos"] | None = None,
     ) -> tuple[list[Float[Tensor, "batch pos d_dense"]], Float[Tensor, "batch pos vocab"]]:
         """Return the residual at every site and the logits, from one forward."""
-        return self._passes.read(self.inputs(ids, attention_mask, position_ids), True)
+        return self._stand_ins.read(self.inputs(ids, attention_mask, position_ids), True)
 
     def resume(
         self,
@@ -187,7 +187,7 @@ class DenseModel:
         self._check_site(site)
         self._check_residual(h, ids)
         inputs = self._inputs(ids, attention_mask, position_ids)
-        return self._passes.enter([(site, h)], inputs, True)[1]
+        return self._stand_ins.enter([(site, h)], inputs, True)[1]
 
     def joined(
         self,
@@ -223,7 +223,7 @@ class DenseModel:
             mask = None if attention_mask is None else torch.cat([attention_mask[s] for s in group])
             inputs = self._inputs(torch.cat([ids[s] for s in group]), mask)
             rows = [(s, entries[s]) for s in group]
-            h, _ = self._passes.enter(rows, inputs, False, self._axes[mask is not None])
+            h, _ = self._stand_ins.enter(rows, inputs, False, self._axes[mask is not None])
             final |= dict(zip(group, h.split([len(x) for _, x in rows]), strict=True))
         return final
 
@@ -240,7 +240,7 @@ class DenseModel:
         self._check_residual(h, ids)
         one = h.reshape(-1, 1, self.d_resid)  # token 1 d_dense
         inputs = self._inputs(ids.reshape(-1, 1))
-        logits = self._passes.enter([(self.n_sites - 1, one)], inputs, True)[1]
+        logits = self._stand_ins.enter([(self.n_sites - 1, one)], inputs, True)[1]
         return logits.reshape(*ids.shape, -1)
 
     def hookable(self) -> nn.Module:
@@ -267,7 +267,7 @@ class DenseModel:
         The model itself is not compiled, nor what `hookable` returns. Numbers are those of the
         backend: bit for bit with `backend="aot_eager"`, to rounding with inductor.
         """
-        self._passes.compile(**options)
+        self._stand_ins.compile(**options)
 
     def site_path(self, site: int) -> str:
         """Return the dotted path, in the hookable twin, of the module whose output is the site."""
@@ -302,7 +302,7 @@ class DenseModel:
     # how
 
     def _besides(self, ids: Tensor, others: Tensor) -> str:
-        return self._passes.besides(self._inputs(ids), self._inputs(others))
+        return self._stand_ins.besides(self._inputs(ids), self._inputs(others))
 
     def _check_site(self, site: int) -> None:
         if not 0 <= site < self.n_sites:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from dense.inputs import Inputs
-from dense.sites import (
+from .inputs import Inputs
+from .sites import (
     Layout,
     SiteError,
     allowed_error,
@@ -23,7 +23,7 @@ from dense.sites import (
     perturbation,
     probe_ids,
 )
-from dense.twin import answer, first, take_hidden
+from .twin import answer, first, take_hidden
 
 
 @torch.no_grad()

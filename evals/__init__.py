@@ -4,12 +4,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .bridge import evaluate_bridge
-    from .circuit import evaluate_circuit
-    from .report import Report, table
-    from .run import evaluate_run, write_report
-    from .scores import Score
-    from .transfer import evaluate_transfer
+    from .claims.bridge import evaluate_bridge
+    from .claims.circuit import evaluate_circuit
+    from .claims.transfer import evaluate_transfer
+    from .evaluate import evaluate_run, write_report
+    from .report.report import Report, table
+    from .scores.score import Score
 
 __version__ = "0.1.0"
 __sparse_bridges__ = "evals"
@@ -25,14 +25,14 @@ __all__ = [
 ]
 
 _HOME = {
-    "Score": "scores",
-    "Report": "report",
-    "evaluate_bridge": "bridge",
-    "evaluate_circuit": "circuit",
-    "evaluate_transfer": "transfer",
-    "evaluate_run": "run",
-    "write_report": "run",
-    "table": "report",
+    "Score": "scores.score",
+    "Report": "report.report",
+    "evaluate_bridge": "claims.bridge",
+    "evaluate_circuit": "claims.circuit",
+    "evaluate_transfer": "claims.transfer",
+    "evaluate_run": "evaluate",
+    "write_report": "evaluate",
+    "table": "report.report",
 }
 
 

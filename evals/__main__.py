@@ -23,9 +23,9 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--draws {args.draws} must be at least 1; 100 is what the claims ask for")
 
     from bridges import load_run
+    from evals.report.report import table
 
-    from .report import table
-    from .run import evaluate_run, write_report
+    from .evaluate import evaluate_run, write_report
 
     try:
         run = load_run(args.run_dir)

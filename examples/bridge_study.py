@@ -104,7 +104,6 @@ def train_cell(args, cell, folder, dense, train, heldout) -> dict[str, float]:
         BridgeConfig,
         BridgeSet,
         CotrainConfig,
-        Weights,
         cotrain,
         fit_sites,
         validate,
@@ -131,7 +130,7 @@ def train_cell(args, cell, folder, dense, train, heldout) -> dict[str, float]:
     config = CotrainConfig(
         train=TrainConfig(steps=args.steps, folder=str(folder), seed=seed, checkpoint_every=100),
         sparsity=SparsityConfig(density=DENSITY, embedding_density=4 * DENSITY),
-        weights=Weights(**fields.pop("weights", {})),
+        weights=LossWeights(**fields.pop("weights", {})),
         **fields,
     )
     bridges = BridgeSet(BridgeConfig.between(dense, sparse, **({"k": K} | shape)), seed=seed)

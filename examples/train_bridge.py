@@ -112,7 +112,7 @@ def site_map(text: str) -> dict[int, int]:
     return {int(d): int(s) for d, s in pairs}
 
 
-def settle(args, dense, device, processes=1) -> None:
+def fill_defaults(args, dense, device, processes=1) -> None:
     """Choose the preset where none was given, and what it leaves open; refuse what cannot be."""
     import torch
 
@@ -159,14 +159,14 @@ def main() -> None:
         raise ValueError(
             f"{args.dense} has no tokenizer; tokenizer.save_pretrained beside the weights"
         )
-    settle(args, dense, state.device, state.num_processes)
+    fill_defaults(args, dense, state.device, state.num_processes)
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     say = accelerator.print
     if args.plan or args.preset.startswith("gpt2"):
-        say(foresee(args, dense, accelerator))
+        say(show_plan(args, dense, accelerator))
     if args.plan:
         return accelerator.end_training()
-    sparse, bridges, config = design(args, dense)
+    sparse, bridges, config = build(args, dense)
     say(f"twin: {sparse.num_parameters():,} parameters, {config.sparsity.density:.4f} kept")
     batches, heldout, means_from, data = read_text(args, dense.tokenizer)
     if len(heldout) < 2:
@@ -187,20 +187,20 @@ def main() -> None:
     accelerator.end_training()
 
 
-def foresee(args, dense, accelerator) -> str:
+def show_plan(args, dense, accelerator) -> str:
     """Probe the step on this device; return the plan of the run, or of a run's start one line."""
-    from bridges import compiled, plan, probe
+    from bridges import compiled, plan, time_steps
     from sparse import estimated_tokens, load_corpus
 
-    sparse, bridges, config = design(args, dense)  # the probe changes them; training starts anew
+    sparse, bridges, config = build(args, dense)  # the probe changes them; training starts anew
     with compiled(dense, sparse) if args.compile else nullcontext():
-        probed = probe(dense, sparse, bridges, config, args.batch, args.length, accelerator)
+        probed = time_steps(dense, sparse, bridges, config, args.batch, args.length, accelerator)
     tokens = 0  # kept on disk
     if args.plan and not args.stream:
         tokens = estimated_tokens(load_corpus(args.dataset), dense.tokenizer)
     world = accelerator.num_processes
     sizes = dict(batch=args.batch, length=args.length, processes=world, text_tokens=tokens)
-    planned = plan(dense, sparse, bridges, config, **sizes, probe=probed)
+    planned = plan(dense, sparse, bridges, config, **sizes, step_time=probed)
     return f"{args.preset} for {args.dense}\n{planned}" if args.plan else planned.line()
 
 
@@ -223,11 +223,11 @@ def read_text(args, tokenizer):
     return Batches(train, args.batch, args.seed), heldout, train[:256], data
 
 
-def design(args, dense):
+def build(args, dense):
     """The twin, the bridges and their training."""
     import torch
 
-    from bridges import BridgeConfig, BridgeSet, CotrainConfig, Weights
+    from bridges import BridgeConfig, BridgeSet, CotrainConfig, LossWeights
     from sparse import SparseGPT, SparseGPTConfig, SparsityConfig, TrainConfig
 
     width = max(16, int(args.expansion * dense.d_resid) // 16 * 16)
@@ -258,7 +258,7 @@ def design(args, dense):
             shard=args.shard,
         ),
         sparsity=SparsityConfig(density=args.density, embedding_density=min(1.0, 4 * args.density)),
-        weights=Weights(hybrid=args.hybrid_weight),
+        weights=LossWeights(hybrid=args.hybrid_weight),
         lr=args.lr,
         bridge_lr=args.bridge_lr,
     )

@@ -3,26 +3,30 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from . import release
-from .activation import abs_topk
-from .card import Card, Metric
-from .circuit import Circuit
-from .config import SparseGPTConfig
-from .corpus import load_corpus, stream_corpus
-from .data import Batches, StreamingBatches, estimated_tokens, first_blocks, pack
-from .mask import last_logits, masked, node_means
-from .model import SparseGPT, SparseGPTModel
-from .pretrain import (
-    PretrainConfig,
-    Pretraining,
-    gao2025,
-    heldout_nats,
-    pretrain,
-    unigram_nats,
-)
-from .project import Anneal, SparsityConfig, project_
-from .prune import PruneConfig, prune
-from .tasks import Task, get_task, task_names, task_nats
-from .train import TrainConfig, check_processes
+from .circuits.circuit import Circuit
+from .circuits.mask import masked
+from .circuits.means import node_means
+from .circuits.pruning.config import PruneConfig
+from .circuits.pruning.prune import prune
+from .circuits.score import last_logits
+from .model.config import SparseGPTConfig
+from .model.gpt import SparseGPT
+from .model.trunk import SparseGPTModel
+from .ops.abs_topk import abs_topk
+from .ops.project import project_
+from .storage.card import Card, Metric
+from .tasks.batch import task_nats
+from .tasks.suite import get_task, task_names
+from .tasks.task import Task
+from .text.batches import Batches, StreamingBatches, first_blocks
+from .text.corpus import load_corpus, stream_corpus
+from .text.pack import estimated_tokens, pack
+from .training.config import TrainConfig
+from .training.heldout import heldout_nats, unigram_nats
+from .training.pretrain import PretrainConfig, Pretraining, pretrain
+from .training.processes import check_processes
+from .training.recipes import gao2025
+from .training.sparsity import Anneal, SparsityConfig
 
 __version__ = "0.1.0"
 __sparse_bridges__ = "sparse"

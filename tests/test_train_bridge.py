@@ -94,8 +94,8 @@ def test_a_preset_for_gpt2_fits_its_card_and_fills_it(preset, job):
     names, args = job("--dense", "gpt2", "--preset", preset)
     with FakeTensorMode():
         dense = full_shape()
-        names.settle(args, dense, torch.device("cpu"))
-        sparse, bridges, config = names.design(args, dense)
+        names.fill_defaults(args, dense, torch.device("cpu"))
+        sparse, bridges, config = names.build(args, dense)
     p = plan(dense, sparse, bridges, config, args.batch, args.length)
     assert not p.unknown
     assert 0.5 * CARDS[preset] < p.memory < 0.9 * CARDS[preset], p.line()
@@ -112,7 +112,7 @@ def test_the_preset_follows_the_model_and_the_device(job, monkeypatch):
         names, args = job("--dense", dense, *flags)
         config = GPT2Config()
         model = SimpleNamespace(num_parameters=lambda: parameters, config=config)
-        names.settle(args, SimpleNamespace(model=model), torch.device(device))
+        names.fill_defaults(args, SimpleNamespace(model=model), torch.device(device))
         return args
 
     assert chosen(124e6, "cuda", 85).preset == "gpt2-80gb"
@@ -176,8 +176,8 @@ def test_a_streamed_run_cut_in_two_ends_with_the_weights_of_an_undisturbed_one(
         flags += ["--stream", "--accumulate", "2", "--density", "0.5"]
         flags += ["--output_dir", str(tmp_path / name)]
         names, args = job(*flags)
-        names.settle(args, dense, torch.device("cpu"))
-        sparse, bridges, config = names.design(args, dense)
+        names.fill_defaults(args, dense, torch.device("cpu"))
+        sparse, bridges, config = names.build(args, dense)
         batches = names.read_text(args, dense.tokenizer)[0]
         cotrain(dense, sparse, bridges, batches, config)
         if cut:

@@ -8,11 +8,12 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from bridges.bridge import BridgeConfig, BridgeSet
+from bridges.maps.bridge import BridgeConfig, BridgeSet
 from dense import DenseModel
-from sparse.circuit import Circuit
-from sparse.model import SparseGPT, SparseGPTConfig
-from sparse.tasks import Pair, Task
+from sparse.circuits.circuit import Circuit
+from sparse.model.config import SparseGPTConfig
+from sparse.model.gpt import SparseGPT
+from sparse.tasks.task import Pair, Task
 
 WORDS = ["[UNK]", "A", "B", "yes", "no", *(f"w{i}" for i in range(18))]
 VOCAB, LENGTH = len(WORDS), 6

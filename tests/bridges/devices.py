@@ -25,14 +25,16 @@ from small_run import HELD, batches, build, preset
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-import bridges.cotraining
-from bridges.bridge import BridgeConfig, BridgeSet
-from bridges.cotraining import CotrainConfig, cotrain, validate
+import bridges.training.cotrain
+from bridges.maps.bridge import BridgeConfig, BridgeSet
+from bridges.training.config import CotrainConfig
+from bridges.training.cotrain import cotrain
+from bridges.training.validate import validate
 from dense import DenseModel
-from sparse.data import Batches
-from sparse.pretrain import pretrain
-from sparse.project import SparsityConfig
-from sparse.train import TrainConfig
+from sparse.text.batches import Batches
+from sparse.training.config import TrainConfig
+from sparse.training.pretrain import pretrain
+from sparse.training.sparsity import SparsityConfig
 
 STEPS, CUT = 6, 3
 OFTEN = dict(steps=STEPS, log_every=1, evaluate_every=CUT, checkpoint_every=CUT, keep_checkpoints=9)
@@ -122,7 +124,7 @@ def in_two(out: Path) -> None:
     run(out, "shard-parts", shard=True, accumulate=2)
     run(out, "pretrain-two-of-one", "pretrain-one")
     run(out, "pretrain-shard", shard=True)
-    accelerator, real = Accelerator(cpu=True), bridges.cotraining.losses
+    accelerator, real = Accelerator(cpu=True), bridges.training.cotrain.losses
 
     def losses(*args):
         if accelerator.process_index == 1:
@@ -130,14 +132,14 @@ def in_two(out: Path) -> None:
             raise ArithmeticError("met by process 1 alone")
         return real(*args)
 
-    bridges.cotraining.losses = losses
+    bridges.training.cotrain.losses = losses
     run(out, "fails")
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
-    for module in (bridges.cotraining, sys.modules["sparse.pretrain"]):
+    for module in (bridges.training.cotrain, sys.modules["sparse.training.pretrain"]):
         module.WORTH_REBUILDING = 0  # products in compressed rows, though the matrices are small
         module.csr_products = counted(module.csr_products)
     run(folder, "one")

@@ -19,11 +19,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from conftest import VOCAB, build_dense, build_sparse
 
-from bridges.bridge import BridgeConfig, BridgeSet
-from bridges.cotraining import CotrainConfig, cotrain
-from sparse.data import Batches
-from sparse.project import SparsityConfig
-from sparse.train import TrainConfig
+from bridges.maps.bridge import BridgeConfig, BridgeSet
+from bridges.training.config import CotrainConfig
+from bridges.training.cotrain import cotrain
+from sparse.text.batches import Batches
+from sparse.training.config import TrainConfig
+from sparse.training.sparsity import SparsityConfig
 
 STEPS = 24
 

@@ -15,11 +15,11 @@ import json, torch
 from torch._dynamo.utils import counters
 from transformers import GPT2Config, GPT2LMHeadModel
 from bridges import BridgeConfig, BridgeSet, CotrainConfig, compiled, plan
-from bridges.cotraining import Cotraining
+from bridges.training.cotrain import Cotraining
 from dense import DenseModel
 from sparse import SparseGPT, SparseGPTConfig, SparsityConfig, TrainConfig
-from sparse.csr import csr_products
-from sparse.project import project_model_
+from sparse.ops.csr_linear import csr_products
+from sparse.training.sparsity import project_model_
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
@@ -34,7 +34,7 @@ config = CotrainConfig(
     sparsity=SparsityConfig(density=0.1, embedding_density=0.3, floor=1),
 )
 module = Cotraining(dense, sparse, bridges, config)
-project_model_(module.plan, (0.1, 0.3))
+project_model_(module.budgets, (0.1, 0.3))
 
 def step(i):
     ids = torch.randint(50, (6, 12), generator=torch.Generator().manual_seed(i))

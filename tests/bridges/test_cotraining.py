@@ -12,23 +12,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bridges.bridge import BridgeConfig, BridgeSet
-from bridges.cotraining import (
-    CotrainConfig,
-    Cotraining,
-    Weights,
-    calibrate,
-    cotrain,
-    losses,
-    validate,
-)
-from bridges.losses import ce_nats, kl_nats, nmse
-from sparse.data import Batches
-from sparse.project import SparsityConfig
-from sparse.train import TrainConfig, fit
+from bridges.losses.quantities import ce_nats, kl_nats, nmse
+from bridges.maps.bridge import BridgeConfig, BridgeSet
+from bridges.training.config import CotrainConfig, LossWeights
+from bridges.training.cotrain import Cotraining, cotrain
+from bridges.training.objective import losses
+from bridges.training.validate import calibrate, validate
+from sparse.text.batches import Batches
+from sparse.training.config import TrainConfig
+from sparse.training.loop import fit
+from sparse.training.sparsity import SparsityConfig
 
 HERE = Path(__file__).parent
-ALL = Weights()
+ALL = LossWeights()
 TERMS = ("ce", "kl", "encode", "decode", "up", "down")
 
 
@@ -136,7 +132,7 @@ def test_the_terms_are_those_of_the_equation(dense, sparse, bridges, ids):
     got = losses(dense, sparse, bridges, ids, ALL)
     for term in TERMS:
         assert got[term].item() == pytest.approx(want[term].item(), rel=1e-5), term
-    w = Weights(ce=0.5, kl=2.0, nmse=3.0, hybrid=7.0)
+    w = LossWeights(ce=0.5, kl=2.0, nmse=3.0, hybrid=7.0)
     weighted = losses(dense, sparse, bridges, ids, w)
     factors = dict(ce=0.5, kl=2.0, encode=3.0, decode=3.0, up=7.0, down=7.0)
     for term in TERMS:
@@ -215,7 +211,7 @@ def test_after_every_step_each_budget_is_exact_and_no_neuron_is_dead(
     steps = 9
     config = make(tmp_path, steps, floor=2, anneal_end=1 / 3)
     module = Cotraining(dense, sparse, bridges, config)
-    spared = {n for n, _ in sparse.named_parameters()} - {b.name for b in module.plan}
+    spared = {n for n, _ in sparse.named_parameters()} - {b.name for b in module.budgets}
     start = {n: p.detach().clone() for n, p in sparse.named_parameters()}
     counted = []
 
@@ -225,7 +221,7 @@ def test_after_every_step_each_budget_is_exact_and_no_neuron_is_dead(
         now = dict(sparse.named_parameters())
         assert all(torch.equal(now[n], before[n]) for n in spared)
         densities = config.sparsity.densities(step, steps)
-        for b in module.plan:
+        for b in module.budgets:
             keep = int(densities[b.is_embedding] * b.weight.numel())
             if keep < b.weight.numel():
                 assert b.weight.count_nonzero() == keep, (b.name, step)
@@ -236,7 +232,7 @@ def test_after_every_step_each_budget_is_exact_and_no_neuron_is_dead(
 
     fit(module, batches, config.train, after_step=project)
     assert counted[0] == (1.0, 1.0) and counted[3:] == [(0.4, pytest.approx(0.6))] * 6
-    for b in module.plan:  # and so it stays after the decay
+    for b in module.budgets:  # and so it stays after the decay
         assert b.weight.count_nonzero() == int((0.6 if b.is_embedding else 0.4) * b.weight.numel())
     assert {n.split(".")[-2] for n in spared if "." in n} >= {"norm_1", "norm", "attn"}
     assert "bigram" in spared
@@ -319,8 +315,11 @@ def test_models_that_do_not_fit_are_refused_before_anything_is_written(
         (dict(sites_per_sequence=0), "sites_per_sequence=0 must be above 0"),
         (dict(hybrid_tokens=0.0), r"hybrid_tokens=0.0 must be in \(0, 1\]"),
         (dict(hybrid_tokens=1.5), "hybrid_tokens=1.5"),
-        (dict(weights=Weights(nmse=0.0, hybrid=0.0)), "weights=.* leave the bridges untrained"),
-        (dict(weights=Weights(ce=0.0, kl=0.0, hybrid=0.0)), "weights=.* leave the twin untrained"),
+        (dict(weights=LossWeights(nmse=0.0, hybrid=0.0)), "weights=.* leave the bridges untrained"),
+        (
+            dict(weights=LossWeights(ce=0.0, kl=0.0, hybrid=0.0)),
+            "weights=.* leave the twin untrained",
+        ),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(tmp_path, fields, words):
@@ -338,8 +337,8 @@ def test_a_name_that_is_none_of_the_choices_is_refused(tmp_path, monkeypatch):
 
 
 def test_a_negative_weight_is_refused():
-    with pytest.raises(ValueError, match="Weights.kl=-1.0 must not be below 0"):
-        Weights(kl=-1.0)
+    with pytest.raises(ValueError, match="LossWeights.kl=-1.0 must not be below 0"):
+        LossWeights(kl=-1.0)
 
 
 def test_validation_that_would_be_spent_after_one_evaluation_is_refused(
@@ -364,7 +363,7 @@ def test_the_module_draws_sites_and_tokens_as_the_config_says(
         seen["drawn"], seen["positions"] = args[5], args[6]
         return real(*args)
 
-    monkeypatch.setattr("bridges.cotraining.losses", spy)
+    monkeypatch.setattr("bridges.training.cotrain.losses", spy)
     terms = Cotraining(dense, sparse, bridges, config)(ids, step=3)
     assert list(terms) == list(TERMS) and all(x.requires_grad for x in terms.values())
     if config.hybrid_sites == "all":
@@ -378,7 +377,7 @@ def test_terms_of_weight_zero_are_zero_and_the_others_unmoved(dense, sparse, bri
     every = losses(dense, sparse, bridges, ids, ALL)
     where = dict(ce=["ce"], kl=["kl"], nmse=["encode", "decode"], hybrid=["up", "down"])
     for left_out, terms in where.items():
-        got = losses(dense, sparse, bridges, ids, Weights(**{left_out: 0.0}))
+        got = losses(dense, sparse, bridges, ids, LossWeights(**{left_out: 0.0}))
         for term in TERMS:
             want = 0.0 if term in terms else every[term].item()
             assert got[term].item() == pytest.approx(want, rel=1e-6), (left_out, term)
@@ -391,7 +390,7 @@ def test_terms_of_weight_zero_are_zero_and_the_others_unmoved(dense, sparse, bri
         dict(hybrid_sites="all", nmse="per_token"),
         dict(sites_per_sequence=2, hybrid_tokens=0.5, nmse="uncentred"),
         dict(decoder_trains_trunk=False),
-        dict(weights=Weights(nmse=0.0)),
+        dict(weights=LossWeights(nmse=0.0)),
     ],
 )
 def test_gradients_of_the_parts_of_a_batch_average_to_that_of_the_whole(
@@ -445,7 +444,7 @@ def test_resuming_with_other_models_or_settings_is_refused(
 ):
     cotrain(dense, copy.deepcopy(sparse), copy.deepcopy(bridges), batches, make(tmp_path, steps=2))
     with pytest.raises(ValueError, match="weights: .* there, .*another output folder"):
-        changed = make(tmp_path, steps=2, weights=Weights(kl=2.0))
+        changed = make(tmp_path, steps=2, weights=LossWeights(kl=2.0))
         cotrain(dense, sparse, bridges, batches, changed)
     with pytest.raises(ValueError, match="belongs to another run .dense: "):
         cotrain(build.dense(seed=9), sparse, bridges, batches, make(tmp_path, steps=2))

@@ -10,19 +10,23 @@ import pytest
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from bridges.bridge import BridgeConfig, BridgeSet
-from bridges.cotraining import CotrainConfig, Cotraining, Weights, cotrain, losses, validate
-from bridges.directions import read_at, written_at
-from bridges.losses import ce_nats, kl_nats
-from bridges.run import load_run, save_run
-from bridges.transfer import DenseCircuit, map_circuit
+from bridges.losses.quantities import ce_nats, kl_nats
+from bridges.maps.bridge import BridgeConfig, BridgeSet
+from bridges.run_folder import load_run, save_run
+from bridges.training.config import CotrainConfig, LossWeights
+from bridges.training.cotrain import Cotraining, cotrain
+from bridges.training.objective import losses
+from bridges.training.validate import validate
+from bridges.transfer.dense_circuit import DenseCircuit
+from bridges.transfer.directions import read_at, written_at
+from bridges.transfer.map_circuit import map_circuit
 from dense import DenseModel, run_edited
 from evals import evaluate_bridge
-from sparse.circuit import Node
-from sparse.data import Batches
-from sparse.nodes import edited
-from sparse.project import SparsityConfig
-from sparse.train import TrainConfig
+from sparse.circuits.graph import Node
+from sparse.circuits.taps import edited
+from sparse.text.batches import Batches
+from sparse.training.config import TrainConfig
+from sparse.training.sparsity import SparsityConfig
 
 CASES = {  # dense family, its layers, layers of the sparse model, the map asked for, the map
     "4 over 2": ("gpt2", 4, 2, {}, {0: 0, 2: 1, 4: 2, 6: 3, 8: 4}),
@@ -94,7 +98,7 @@ def test_the_joint_loss_and_its_gradients_are_those_of_the_naive_loop(double, id
     assert bridges.config.pairs == pairs
     sites = torch.tensor(list(pairs))
     drawn = None if how == "all" else sites[torch.arange(len(ids)) % len(sites)][:, None]
-    got = losses(dense, sparse, bridges, ids, Weights(), drawn)
+    got = losses(dense, sparse, bridges, ids, LossWeights(), drawn)
     want = naive(dense, sparse, bridges, pairs, ids, drawn)
     for name in TERMS:
         assert abs(got[name].item() - want[name].item()) < 1e-10, name
@@ -174,7 +178,7 @@ def padded(build):
 @torch.no_grad()
 @pytest.mark.parametrize("sites", [{0: 0, 1: 1, 2: 2, 5: 3, 6: 4}, {0: 0, 1: 1, 4: 2, 5: 3, 8: 4}])
 def test_perfect_bridges_cost_nothing_at_any_site(padded, ids, sites):
-    terms = losses(padded.dense, padded.sparse, padded.joined(sites), ids, Weights())
+    terms = losses(padded.dense, padded.sparse, padded.joined(sites), ids, LossWeights())
     assert terms["ce"] > 1 and all(terms[name].abs() < 1e-6 for name in TERMS[1:])
     wrong = validate(padded.dense, padded.sparse, padded.joined({0: 0, 2: 1, 4: 2, 8: 4}), [ids])
     costs = {s: min(wrong[f"up.{s}"], wrong[f"down.{s}"]) for s in (0, 2, 4, 8)}

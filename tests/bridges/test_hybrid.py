@@ -5,15 +5,15 @@ from itertools import combinations
 import pytest
 import torch
 
-from bridges.bridge import BridgeConfig, BridgeSet
-from bridges.hybrid import (
+from bridges.losses.quantities import ce_nats, kl_nats
+from bridges.maps.bridge import BridgeConfig, BridgeSet
+from bridges.training.hybrid import (
     draw_positions,
     draw_sites,
     drawn_first,
     run_passes,
     score_passes,
 )
-from bridges.losses import ce_nats, kl_nats
 from dense import DenseModel
 
 SITES = (0, 1, 3, 4)
@@ -125,8 +125,8 @@ def test_drawn_tokens_come_first_and_every_token_once():
 def test_joined_passes_and_chunked_losses_are_the_naive_loop(
     double, ids, m, fraction, chunk, monkeypatch
 ):
-    monkeypatch.setattr("bridges.losses.CHUNK", chunk)
-    monkeypatch.setattr("bridges.losses.MIN_ROWS", 1)
+    monkeypatch.setattr("bridges.losses.chunked.CHUNK", chunk)
+    monkeypatch.setattr("bridges.losses.chunked.MIN_ROWS", 1)
     drawn = None if m is None else draw_sites(SITES, len(ids), 2, 0, m)
     positions = None if fraction == 1 else draw_positions(*ids.shape, fraction, 2, 0)
     got, want = named(ours(double, ids, drawn, positions)), naive(double, ids, drawn, positions)

@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 from bridges import DenseCircuit
 from dense import DenseModel, apply_edits, editing, generate_edited, trace_model
-from sparse.circuit import Node
+from sparse.circuits.graph import Node
 
 SOME = {"0.attn.v": (1, 6), "0.mlp.post_act": (0, 3, 7), "1.attn.resid_delta": (2,)}
 GREEDY = {"do_sample": False, "max_new_tokens": 4, "eos_token_id": None, "pad_token_id": 0}

@@ -3,17 +3,9 @@ import torch
 import torch.nn.functional as F
 from torch.distributions import Categorical, kl_divergence
 
-from bridges.losses import (
-    CHUNK,
-    Ending,
-    Moments,
-    ce_nats,
-    kl_nats,
-    log_probs,
-    moments_of,
-    nmse,
-    score_endings,
-)
+from bridges.losses.chunked import CHUNK, Stream, score_streams
+from bridges.losses.moments import Moments, moments_of
+from bridges.losses.quantities import ce_nats, kl_nats, log_probs, nmse
 
 
 def random(*shape, seed=0, scale=3.0, dtype=torch.float64):
@@ -152,9 +144,9 @@ def scene():
 
 def scored(scene, params=True):
     dense, sparse, target, (main, some), ids, labels = scene
-    ends = [Ending(sparse, main, kl=0.7, ce=0.4), Ending(dense, some, kl=2.0)]
+    ends = [Stream(sparse, main, kl=0.7, ce=0.4), Stream(dense, some, kl=2.0)]
     params = sparse.params if params else ()
-    a, b = score_endings(Ending(dense, target), ends, ids, labels, VOCAB, params)
+    a, b = score_streams(Stream(dense, target), ends, ids, labels, VOCAB, params)
     return {"kl": a.kl, "ce": a.ce, "hybrid": b.kl}, (a.per_stream, b.per_stream)
 
 
@@ -172,8 +164,8 @@ def plainly(scene):
 @pytest.mark.parametrize("chunk", [1, 2 * VOCAB, 7 * VOCAB, CHUNK])
 @pytest.mark.parametrize("weights", [(1, 1, 1), (1, 2, 3), (0, 1, 0), (0, 0, 1)])
 def test_scores_in_chunks_are_kl_and_ce_in_value_and_gradient(scene, chunk, weights, monkeypatch):
-    monkeypatch.setattr("bridges.losses.CHUNK", chunk)
-    monkeypatch.setattr("bridges.losses.MIN_ROWS", 1)
+    monkeypatch.setattr("bridges.losses.chunked.CHUNK", chunk)
+    monkeypatch.setattr("bridges.losses.chunked.MIN_ROWS", 1)
     (got, streams), (want, want_streams) = scored(scene), plainly(scene)
     for term, value in want.items():
         assert (got[term] - value).abs() < 1e-12, term
@@ -194,8 +186,8 @@ def test_scores_in_chunks_are_kl_and_ce_in_value_and_gradient(scene, chunk, weig
 
 
 def test_no_more_logits_exist_at_once_than_a_chunk(scene, monkeypatch):
-    monkeypatch.setattr("bridges.losses.CHUNK", 6 * VOCAB)
-    monkeypatch.setattr("bridges.losses.MIN_ROWS", 1)
+    monkeypatch.setattr("bridges.losses.chunked.CHUNK", 6 * VOCAB)
+    monkeypatch.setattr("bridges.losses.chunked.MIN_ROWS", 1)
     scored(scene)
     assert scene[0].largest <= 6 * VOCAB and scene[1].largest == 6 * VOCAB
     plainly(scene)
@@ -212,7 +204,7 @@ def test_the_sum_is_formed_once_and_what_is_weighted_anew_is_swept_again(scene):
         terms, _ = scored(scene)
         n = len(calls)
         torch.stack(list(terms.values())).sum().backward(retain_graph=True)
-        assert len(calls) == n == 3  # the target, and each of the two endings
+        assert len(calls) == n == 3  # the target, and each of the two streams
         sum(terms.values()).backward(retain_graph=True)
         assert len(calls) == n
         (terms["kl"] + 2 * terms["ce"]).backward()
@@ -243,8 +235,8 @@ def test_under_autocast_both_ways_to_the_gradient_are_one(scene):
             return h @ head.T
 
         with torch.autocast("cpu", torch.bfloat16):
-            (a,) = score_endings(
-                Ending(tail, target), [Ending(tail, h, kl=1.0, ce=1.0)], ids, labels, VOCAB, [head]
+            (a,) = score_streams(
+                Stream(tail, target), [Stream(tail, h, kl=1.0, ce=1.0)], ids, labels, VOCAB, [head]
             )
         total = a.kl + a.ce
         if weights != (1.0, 1.0):

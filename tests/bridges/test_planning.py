@@ -7,15 +7,15 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from bridges.bridge import BridgeConfig, BridgeSet
-from bridges.cotraining import Cotraining, cotrain
-from bridges.kept import saved
-from bridges.planning import plan
-from bridges.probing import Probe, probe
-from bridges.settings import CotrainConfig
-from sparse.data import Batches
-from sparse.project import SparsityConfig, project_model_
-from sparse.train import TrainConfig
+from bridges.cost.plan import plan
+from bridges.cost.saved_bytes import saved
+from bridges.cost.step_time import StepTime, time_steps
+from bridges.maps.bridge import BridgeConfig, BridgeSet
+from bridges.training.config import CotrainConfig
+from bridges.training.cotrain import Cotraining, cotrain
+from sparse.text.batches import Batches
+from sparse.training.config import TrainConfig
+from sparse.training.sparsity import SparsityConfig, project_model_
 
 TRANSIENT = {"gradients", "a chunk of logits"}  # what a step needs beside what autograd keeps
 
@@ -47,8 +47,10 @@ def test_parameters_are_those_of_the_modules_and_kept_ones_those_of_the_projecti
     with torch.no_grad():
         for x in sparse.parameters():
             x.normal_()
-    project_model_(module.plan, config.sparsity.densities(4, 4))
-    assert p.twin_kept == sum(int((x != 0).sum()) for x in sparse.parameters()) < p.twin_parameters
+    project_model_(module.budgets, config.sparsity.densities(4, 4))
+    assert (
+        p.twin_nonzero == sum(int((x != 0).sum()) for x in sparse.parameters()) < p.twin_parameters
+    )
     assert p.tokens == 4 * 4 * 6
 
 
@@ -125,7 +127,9 @@ def test_a_pass_of_an_accumulated_step_holds_its_share_of_the_batch(dense, spars
         plan(dense, sparse, bridges, replace(config, train=train), 9, 6)
     for batch in (0, 1, 9):  # before a step is tried
         with pytest.raises(ValueError, match=f"batch of {batch} sequences.*multiple of 2"):
-            probe(dense, sparse, bridges, replace(config, train=train), batch, 6, Accelerator())
+            time_steps(
+                dense, sparse, bridges, replace(config, train=train), batch, 6, Accelerator()
+            )
 
 
 def test_a_checkpoint_on_disk_is_as_large_as_planned(build, tmp_path):
@@ -148,7 +152,7 @@ def test_a_probe_takes_the_real_step_at_growing_sizes_and_writes_nothing(
     config = of_training(tmp_path)
     config = replace(config, train=replace(config.train, accumulate=2))
     before, drawn = sparse.model.wte.weight.clone(), torch.get_rng_state()
-    found = probe(dense, sparse, bridges, config, 8, 6, Accelerator())
+    found = time_steps(dense, sparse, bridges, config, 8, 6, Accelerator())
     assert (found.sequences, found.length, found.device) == (8, 6, "cpu")
     assert found.seconds > 0 and found.peak > 1e7 and "resident" in found.peak_of
     assert found.tokens_per_second == pytest.approx(8 * 6 / found.seconds)
@@ -157,7 +161,7 @@ def test_a_probe_takes_the_real_step_at_growing_sizes_and_writes_nothing(
     assert not torch.equal(before, sparse.model.wte.weight)  # as the docstring warns
     zero = (sparse.model.wte.weight == 0).float().mean()
     assert 0.45 < zero < 0.55  # at its final density
-    p = plan(dense, sparse, bridges, config, 8, 6, probe=found)
+    p = plan(dense, sparse, bridges, config, 8, 6, step_time=found)
     assert p.hours() == pytest.approx(p.tokens / found.tokens_per_second / 3600)
     assert p.hours(1e9) == pytest.approx(1e9 / found.tokens_per_second / 3600)
     assert f"{p.hours(1e9):,.3g}" in str(p) and "resident peak" in str(p)
@@ -167,14 +171,14 @@ def test_a_probe_takes_the_real_step_at_growing_sizes_and_writes_nothing(
 def test_what_a_probe_compiles_is_not_of_its_time_but_slow_steps_end_it(
     took, largest, dense, sparse, bridges, monkeypatch
 ):
-    from bridges import probing
+    from bridges.cost import step_time as probing
 
     def slow_to_start(*given):
         sleep(0.1)
-        return Probe(device="cpu", sequences=given[4], length=6, seconds=took)
+        return StepTime(device="cpu", sequences=given[4], length=6, seconds=took)
 
     monkeypatch.setattr(probing, "_try", slow_to_start)
-    found = probe(dense, sparse, bridges, of_training(), 8, 6, Accelerator(), seconds=0.15)
+    found = time_steps(dense, sparse, bridges, of_training(), 8, 6, Accelerator(), seconds=0.15)
     assert found.sequences == largest
 
 
@@ -182,7 +186,7 @@ def test_what_a_probe_compiles_is_not_of_its_time_but_slow_steps_end_it(
 def test_a_probe_that_runs_out_of_memory_says_at_which_size_and_the_rest_is_planned(
     held, dense, sparse, bridges, monkeypatch
 ):
-    from bridges import probing
+    from bridges.cost import step_time as probing
 
     tried, fit = [], probing.fit
 
@@ -193,10 +197,10 @@ def test_a_probe_that_runs_out_of_memory_says_at_which_size_and_the_rest_is_plan
         fit(module, batches, *args, **kwargs)
 
     monkeypatch.setattr(probing, "fit", small)
-    found = probe(dense, sparse, bridges, of_training(), 8, 6, Accelerator())
+    found = time_steps(dense, sparse, bridges, of_training(), 8, 6, Accelerator())
     assert tried == [1, 2, 4][: held + 1] and found.sequences == ([0, *tried])[held]
     assert found.failed == f"{2**held} x 6 tokens a process: CUDA out of memory."
-    p = plan(dense, sparse, bridges, of_training(), 8, 6, probe=found)
+    p = plan(dense, sparse, bridges, of_training(), 8, 6, step_time=found)
     assert "CUDA out of memory." in str(p) and f"{p.twin_parameters:,}" in str(p)
     assert (p.hours() is None) == (held == 0)
 
@@ -207,9 +211,9 @@ def test_an_error_of_another_kind_is_not_taken_for_a_lack_of_memory(
     def broken(*args, **kwargs):
         raise RuntimeError("a shape is wrong")
 
-    monkeypatch.setattr("bridges.probing.fit", broken)
+    monkeypatch.setattr("bridges.cost.step_time.fit", broken)
     with pytest.raises(RuntimeError, match="a shape is wrong"):
-        probe(dense, sparse, bridges, of_training(), 4, 6, Accelerator())
+        time_steps(dense, sparse, bridges, of_training(), 4, 6, Accelerator())
 
 
 def test_a_dense_model_that_cannot_be_counted_is_named_and_the_rest_is_planned(
@@ -225,6 +229,8 @@ def test_a_dense_model_that_cannot_be_counted_is_named_and_the_rest_is_planned(
 
 
 def test_the_table_says_without_a_probe_that_no_speed_is_known(dense, sparse, bridges):
-    p = plan(dense, sparse, bridges, of_training(), 4, 6, probe=Probe(device="cpu", failed="no"))
+    p = plan(
+        dense, sparse, bridges, of_training(), 4, 6, step_time=StepTime(device="cpu", failed="no")
+    )
     assert p.hours() is None and "tokens/s" not in str(p)
-    assert "probed" not in str(replace(p, probe=None))
+    assert "probed" not in str(replace(p, step_time=None))

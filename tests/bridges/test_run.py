@@ -4,10 +4,10 @@ import shutil
 import pytest
 import torch
 
-from bridges.run import load_run, save_run
-from bridges.transfer import map_circuit
+from bridges.run_folder import load_run, save_run
+from bridges.transfer.map_circuit import map_circuit
 from dense import DenseModel
-from sparse.mask import load_means
+from sparse.circuits.means import load_means
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bridges.bridge import BridgeConfig
-from bridges.sitemap import best_map, even_sites, fit_sites
+from bridges.maps.bridge import BridgeConfig
+from bridges.maps.site_map import best_map, even_sites, fit_sites
 
 VOCAB = 3000
 

@@ -6,13 +6,15 @@ import nnsight
 import pytest
 import torch
 
-from bridges.bridge import BridgeConfig, BridgeSet
-from bridges.run import save_run
-from bridges.transfer import DenseCircuit, map_circuit
+from bridges.maps.bridge import BridgeConfig, BridgeSet
+from bridges.run_folder import save_run
+from bridges.transfer.dense_circuit import DenseCircuit
+from bridges.transfer.map_circuit import map_circuit
 from dense import DenseModel, Edit, apply_edits, run_edited, trace_model
-from sparse.circuit import Circuit, Node
-from sparse.nodes import edited, recorded
-from sparse.tasks import logit_difference
+from sparse.circuits.circuit import Circuit
+from sparse.circuits.graph import Node
+from sparse.circuits.taps import edited, recorded
+from sparse.tasks.batch import logit_difference
 
 SOME = {"0.attn.v": (1, 6), "0.mlp.post_act": (0, 3, 7), "1.attn.resid_delta": (2,)}
 

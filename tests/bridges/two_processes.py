@@ -15,12 +15,13 @@ from accelerate import Accelerator, debug_launcher
 from conftest import VOCAB, build_dense, build_sparse
 from safetensors.torch import save_file
 
-from bridges.bridge import BridgeConfig, BridgeSet
-from bridges.cotraining import CotrainConfig, Cotraining, cotrain
+from bridges.maps.bridge import BridgeConfig, BridgeSet
+from bridges.training.config import CotrainConfig
+from bridges.training.cotrain import Cotraining, cotrain
 from dense import DenseModel
-from sparse.data import Batches
-from sparse.project import SparsityConfig
-from sparse.train import TrainConfig
+from sparse.text.batches import Batches
+from sparse.training.config import TrainConfig
+from sparse.training.sparsity import SparsityConfig
 
 
 def train(out: str, name: str) -> None:
@@ -76,7 +77,7 @@ def save_gradients(out: Path, name: str, config, ids, rank: int) -> None:
 
 def keep_losses(into: dict[str, float]) -> None:
     """Keep the first step's losses of this process: the log has the main one's only."""
-    import bridges.cotraining as module
+    import bridges.training.cotrain as module
 
     real = module.losses
 

@@ -188,7 +188,7 @@ def test_only_the_edits_import_nnsight_and_only_when_asked():
             if isinstance(node, (ast.Import, ast.ImportFrom))
             for name in [getattr(node, "module", None), *(a.name for a in node.names)]
         }
-        assert ("nnsight" in names) == (file.name == "edit.py"), file.name
+        assert ("nnsight" in names) == (file.name == "traced.py"), file.name
     code = "import sys, dense; print({'nnsight', 'transformers'} & sys.modules.keys())"
     here = Path(package.__file__).parents[1]
     out = subprocess.run([sys.executable, "-c", code], cwd=here, capture_output=True, text=True)

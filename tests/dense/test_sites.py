@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from dense import DenseModel, SiteError
+from dense.probe import probe
 from dense.sites import find_blocks, perturbation
-from dense.split import probe
 
 COMPOSITION = {"gpt_neox": "parallel", "gptj": "parallel", "opt_post": "post-norm"}
 

@@ -24,7 +24,7 @@ from dense import (
     run_edited,
     trace_model,
 )
-from dense.delta import check_amount, check_site
+from dense.edit import check_amount, check_site
 
 HOOKED = ("gpt2", "llama", "gemma2", "gpt_neox")
 ADDS_ATTENTION = {  # the module of a block whose output is added to the stream before the MLP

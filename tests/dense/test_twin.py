@@ -2,15 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from dense.twin import (
-    deep_twin,
-    forwarding,
-    replaced,
-    silent,
-    site_block,
-    transplanted,
-    twin,
-)
+from dense.twin import deep_twin, forwarding, replaced, silent, site_block, transplanted, twin
 
 
 def net():

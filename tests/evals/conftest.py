@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from dense import DenseModel
-from sparse.circuit import Circuit
-from sparse.model import SparseGPT, SparseGPTConfig
-from sparse.tasks import get_task, task_nats
+from sparse.circuits.circuit import Circuit
+from sparse.model.config import SparseGPTConfig
+from sparse.model.gpt import SparseGPT
+from sparse.tasks.batch import task_nats
+from sparse.tasks.suite import get_task
 
 
 @pytest.fixture(scope="session")
@@ -85,7 +87,7 @@ def blocks(dense):
 
 @pytest.fixture
 def run(dense, sparse):
-    from bridges.bridge import BridgeConfig, BridgeSet
+    from bridges.maps.bridge import BridgeConfig, BridgeSet
 
     bridges = BridgeSet(BridgeConfig.between(dense, sparse, k=12)).eval()
     return SimpleNamespace(dense=dense, sparse=sparse, bridges=bridges)

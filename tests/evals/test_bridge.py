@@ -6,10 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bridges.bridge import BridgeConfig, BridgeSet
-from bridges.losses import kl_nats, nmse
-from evals.bridge import evaluate_bridge, untrained
-from sparse.model import SparseGPT, SparseGPTConfig
+from bridges.losses.quantities import kl_nats, nmse
+from bridges.maps.bridge import BridgeConfig, BridgeSet
+from evals.claims.bridge import evaluate_bridge, untrained
+from sparse.model.config import SparseGPTConfig
+from sparse.model.gpt import SparseGPT
 
 
 def named(rows):

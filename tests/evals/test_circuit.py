@@ -5,9 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from evals.circuit import evaluate_circuit, nonsense_at_size
-from sparse.prune import PruneConfig, learn, prune
-from sparse.tasks import task_nats
+from evals.claims.circuit import evaluate_circuit, nonsense_at_size
+from sparse.circuits.pruning.config import PruneConfig
+from sparse.circuits.pruning.learn import learn
+from sparse.circuits.pruning.prune import prune
+from sparse.tasks.batch import task_nats
 
 QUICK = PruneConfig(ablation="zero", n_steps=80, lr=5e-2, clean_up=0.0, target_loss=0.3)
 
@@ -79,7 +81,7 @@ def test_the_ranking_of_the_pruned_twin_saves_learning_it_again(sparse, found, d
     twin = prune(sparse, found.task.nonsense(), QUICK, tokenizer=dense.tokenizer)
     unlike = replace(twin, config=twin.config | {"n_steps": 81})
     calls = []
-    monkeypatch.setattr("evals.circuit.learn", lambda *a: calls.append(a) or learn(*a))
+    monkeypatch.setattr("evals.claims.circuit.learn", lambda *a: calls.append(a) or learn(*a))
     assert nonsense_at_size(sparse, found, dense.tokenizer, twin).nodes == learned.nodes
     assert not calls
     for other in (None, unlike, replace(twin, ranking={}), replace(twin, task=found.task)):

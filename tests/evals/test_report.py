@@ -6,8 +6,10 @@ import os
 
 import pytest
 
-from evals.report import Report, Score, compare, number, provenance, table, write_all
-from evals.scores import Curve
+from evals.report.cells import number
+from evals.report.report import Report, compare, provenance, table, write_all
+from evals.scores.curve import Curve
+from evals.scores.score import Score
 
 
 def row(name="steering", value=0.7, **more):

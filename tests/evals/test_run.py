@@ -12,10 +12,13 @@ import torch
 import evals
 from bridges import BridgeConfig, BridgeSet, save_run
 from evals.__main__ import main
-from evals.report import Report
-from evals.run import evaluate_run, graph, write_report
-from sparse.prune import PruneConfig, prune
-from sparse.tasks import SPLITS, get_task
+from evals.evaluate import evaluate_run, write_report
+from evals.report.report import Report
+from sparse.circuits.pruning.config import PruneConfig
+from sparse.circuits.pruning.prune import prune
+from sparse.circuits.view.graph import graph
+from sparse.tasks.suite import get_task
+from sparse.tasks.task import SPLITS
 
 QUICK = PruneConfig(n_steps=30, lr=5e-2, clean_up=0.0, target_loss=0.3)
 

@@ -6,7 +6,9 @@ import math
 import pytest
 import torch
 
-from evals.scores import Curve, Score, bootstrap, counted, paired
+from evals.scores.curve import Curve
+from evals.scores.paired import bootstrap, counted, paired
+from evals.scores.score import Score
 
 
 def normal(seed, *shape):

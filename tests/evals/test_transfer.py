@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from dense import Edit, run_edited
-from evals.bench import Bench, random_like, rotated
-from evals.transfer import evaluate_transfer, measure_transfer
+from evals.claims.transfer import evaluate_transfer, measure_transfer
+from evals.claims.trial import Trial
+from evals.scores.controls import random_like, rotated
 
 
 class Planted:
@@ -51,8 +52,8 @@ def plant(dense, sparse, make_circuit):
 
 
 @pytest.fixture
-def bench(plant, task, dense):
-    return Bench(plant(1.0), task, dense.tokenizer, "test", 6)
+def trial(plant, task, dense):
+    return Trial(plant(1.0), task, dense.tokenizer, "test", 6)
 
 
 def test_random_directions_have_the_delta_s_norm_at_every_token():
@@ -89,20 +90,20 @@ def test_an_untrained_decoder_does_not_beat_rotations(dense, sparse, make_circui
     assert not rows["steering, strength 1, v. rotations"].verdict.startswith("beats")
 
 
-def test_the_fast_engine_is_the_nnsight_path(bench):
+def test_the_fast_engine_is_the_nnsight_path(trial):
     for seed in range(3):
-        delta = random_like(bench.delta, seed)
-        edits = [Edit(site=bench.site, direction=delta)]
-        slow = bench.batch.scored(run_edited(bench.dense, bench.ids, edits))
-        fast = list(bench.many([delta, 0 * delta, delta]))
+        delta = random_like(trial.delta, seed)
+        edits = [Edit(site=trial.site, direction=delta)]
+        slow = trial.batch.scored(run_edited(trial.dense, trial.ids, edits))
+        fast = list(trial.many([delta, 0 * delta, delta]))
         assert (fast[0] - slow).abs().max() < 1e-5 and (fast[2] - slow).abs().max() < 1e-5
-        control = list(bench.many([0 * delta]))[0]
+        control = list(trial.many([0 * delta]))[0]
         assert (control - slow).abs().max() > 1e-2
 
 
-def test_strength_zero_is_exactly_the_untouched_model(bench):
-    plain = bench.batch.scored(bench.dense.logits(bench.ids))
-    assert torch.equal(bench.logits(0 * bench.delta), plain)
+def test_strength_zero_is_exactly_the_untouched_model(trial):
+    plain = trial.batch.scored(trial.dense.logits(trial.ids))
+    assert torch.equal(trial.logits(0 * trial.delta), plain)
 
 
 def test_a_full_patch_planted_as_a_circuit_beats_every_random_direction(plant, task):

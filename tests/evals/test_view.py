@@ -7,10 +7,12 @@ from html.parser import HTMLParser
 
 import pytest
 
-from evals.charts import Scale, graph_layout, training_charts
-from evals.report import Report, provenance
-from evals.scores import Curve, Score
-from evals.view import LIMIT, page, save_page
+from evals.report.charts import Scale, training_charts
+from evals.report.page import LIMIT, page, save_page
+from evals.report.report import Report, provenance
+from evals.scores.curve import Curve
+from evals.scores.score import Score
+from sparse.circuits.view.layout import graph_layout
 
 ATTN = ("act_in", "q", "k", "v", "resid_delta")
 MLP = ("act_in", "post_act", "resid_delta")

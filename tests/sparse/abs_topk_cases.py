@@ -99,7 +99,7 @@ def wrong(forward, backward, dtypes, widths, device="cpu") -> tuple[int, list[st
 
 def run(device: str) -> dict:
     """Compare the kernels with the lists, and on strided rows, on `device`."""
-    from sparse import kernels
+    from sparse.ops import abs_topk_cuda as kernels
 
     dtypes = (torch.float32, torch.bfloat16)
     widths = (33,) if device == "cpu" else (2, 33, 64, 1000, 4096, kernels.MAX_WIDTH)
@@ -128,7 +128,7 @@ def run(device: str) -> dict:
 
 def through_autograd() -> dict:
     """Compare abs_topk on a GPU, whichever path it takes, with the lists."""
-    from sparse.activation import abs_topk
+    from sparse.ops.abs_topk import abs_topk
 
     def backward(dy, y, k):
         return torch.ops.sparse_bridges.abs_topk_backward(dy, y, k)
@@ -142,7 +142,7 @@ def compiled(name: str, kernel, pointers: str, x: Tensor) -> dict:
     """Compile a kernel for sm_90, without a GPU, and read what it takes from the machine code."""
     from kernel_cases import compile_for_sm_90
 
-    from sparse.kernels import launch_options
+    from sparse.ops.abs_topk_cuda import launch_options
 
     options = launch_options(x)
     warps = options.pop("num_warps")
@@ -156,7 +156,7 @@ def compiled(name: str, kernel, pointers: str, x: Tensor) -> dict:
 
 def compile_all(widths=(256, 1024, 4096, 16384)) -> dict:
     """Compile both kernels at the usual widths."""
-    from sparse import kernels
+    from sparse.ops import abs_topk_cuda as kernels
 
     pairs = {"forward": (kernels._forward, "X Y"), "backward": (kernels._backward, "DY Y DX")}
     return {

@@ -12,9 +12,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from sparse.mask import node_means
-from sparse.model import SparseGPT, SparseGPTConfig
-from sparse.tasks import Pair, Task, get_task, task_names
+from sparse.circuits.means import node_means
+from sparse.model.config import SparseGPTConfig
+from sparse.model.gpt import SparseGPT
+from sparse.tasks.suite import get_task, task_names
+from sparse.tasks.task import Pair, Task
 
 N_FILLERS = 11
 FILLERS = [f"w{i}" for i in range(12)]

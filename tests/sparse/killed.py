@@ -20,9 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from small_run import HELD, batches, build, preset
 
-import sparse.checkpoint
-import sparse.files
-from sparse.pretrain import pretrain
+import sparse.storage.atomic
+import sparse.storage.checkpoint
+from sparse.training.pretrain import pretrain
 
 
 def train(folder: Path) -> None:
@@ -93,9 +93,9 @@ def die_at_operation(n: int) -> None:
         with open(path, "r+b") as file:
             file.truncate(os.path.getsize(path) // 2)
 
-    dying(sparse.checkpoint, "save_file", lambda tensors, path, *_: cut(path))
-    dying(sparse.checkpoint, "sync")
-    dying(sparse.files, "sync")
+    dying(sparse.storage.checkpoint, "save_file", lambda tensors, path, *_: cut(path))
+    dying(sparse.storage.checkpoint, "sync")
+    dying(sparse.storage.atomic, "sync")
     dying(os, "replace")
     dying(shutil, "rmtree")
     dying(Path, "rename")

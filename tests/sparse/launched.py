@@ -8,7 +8,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from sparse.train import TrainConfig, accelerator_for
+from sparse.training.config import TrainConfig
+from sparse.training.processes import accelerator_for
 
 if __name__ == "__main__":
     asked = int(sys.argv[1]) if sys.argv[1:] else None

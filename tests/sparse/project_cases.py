@@ -44,7 +44,7 @@ def matrices(rows: int, cols: int, dtype: torch.dtype) -> Iterator[tuple[str, Te
 
 def compare(project_: Callable, shapes, device: str, dtypes=DTYPES) -> dict:
     """Run every matrix through `project_`; name the cases that differ in a bit."""
-    from sparse.project import chosen_reference
+    from sparse.ops.project import chosen_reference
 
     n, differ = 0, []
     for rows, cols in shapes:
@@ -68,7 +68,7 @@ def compile_all() -> dict:
     """Compile every kernel for sm_90, without a GPU, and read what it takes."""
     from kernel_cases import compile_for_sm_90
 
-    from sparse import kernels_project as k
+    from sparse.ops import project_cuda as k
 
     digits = {"BINS": k.BINS, "BLOCK": k.BLOCK}
     jobs = [
@@ -98,12 +98,12 @@ def main(mode: str) -> dict:
     if mode == "interpreter":
         if os.environ.get("TRITON_INTERPRET") != "1":
             raise SystemExit("set TRITON_INTERPRET=1, or the kernels would ask for a GPU")
-        from sparse import kernels_project
+        from sparse.ops import project_cuda as kernels_project
 
         kernels_project.BLOCK = 64  # so that a small matrix takes several programs
         dtypes = (torch.float32, torch.bfloat16)
         return compare(kernels_project.project_, [(6, 13)], "cpu", dtypes)
-    from sparse.project import project_
+    from sparse.ops.project import project_
 
     return compare(project_, [(9, 13), (130, 256), (1000, 333)], "cuda")
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
-from sparse.data import Batches
-from sparse.model import SparseGPT
-from sparse.pretrain import Preset, gao2025
+from sparse.model.gpt import SparseGPT
+from sparse.text.batches import Batches
+from sparse.training.recipes import Preset, gao2025
 
 VOCAB, STEPS = 30, 24
 BLOCKS = torch.randint(0, VOCAB, (40, 8), generator=torch.Generator().manual_seed(0))

@@ -5,15 +5,10 @@ import numpy as np
 import pytest
 import torch
 
-from sparse import activation
-from sparse.activation import (
-    AbsTopK,
-    abs_topk,
-    kept_reference,
-    kept_threshold,
-    kth_largest,
-    passes_gradient,
-)
+from sparse.ops import abs_topk as activation
+from sparse.ops.abs_topk import AbsTopK, abs_topk, kept_reference, kept_threshold, passes_gradient
+from sparse.ops.abs_topk_cpu import kth_largest
+from sparse.ops.bits import BLOCK
 
 _spec = spec_from_file_location("cases", Path(__file__).with_name("abs_topk_cases.py"))
 cases = module_from_spec(_spec)
@@ -66,7 +61,7 @@ def test_a_path_that_breaks_ties_otherwise_is_found_out():
 
 def test_more_rows_than_a_block_holds_are_all_done():
     for dtype in (torch.float32, torch.bfloat16):
-        x = random(activation.BLOCK // 64 * 2 + 3, 64, dtype=dtype)
+        x = random(BLOCK // 64 * 2 + 3, 64, dtype=dtype)
         x[-1] = 1.0
         assert cases.same_bits(abs_topk(x, 16), reference(x, 16))
         leaf = x.clone().requires_grad_()
@@ -76,7 +71,7 @@ def test_more_rows_than_a_block_holds_are_all_done():
 
 def test_a_row_wider_than_a_block_and_than_sixteen_bits_is_done():
     for dtype in (torch.float32, torch.bfloat16):
-        x = random(2, activation.BLOCK + 5, dtype=dtype).round(decimals=2)
+        x = random(2, BLOCK + 5, dtype=dtype).round(decimals=2)
         assert cases.same_bits(abs_topk(x, 1000), reference(x, 1000))
         x = torch.ones_like(x)  # all tied, at indices that sixteen bits cannot tell apart
         assert abs_topk(x, 70_000)[:, :70_000].all() and not abs_topk(x, 70_000)[:, 70_000:].any()

@@ -7,8 +7,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sparse import attention
-from sparse.attention import (
+from sparse.model.config import SparseGPTConfig
+from sparse.model.gpt import SparseGPT
+from sparse.ops import attention_sink as attention
+from sparse.ops.attention_sink import (
     ALL_ATTENTION_FUNCTIONS,
     KERNELS,
     Kernel,
@@ -18,7 +20,6 @@ from sparse.attention import (
     masked_sink,
     sdpa_sink,
 )
-from sparse.model import SparseGPT, SparseGPTConfig
 
 SHAPE = (2, 3, 7, 4)  # batch n_head pos d_head
 SCALE = 0.5
@@ -166,9 +167,9 @@ def test_unpadded_batches_take_the_flash_form_and_padded_ones_the_masked(monkeyp
     q, k, v, sink = inputs()
     taken = []
     for name in ("flash_sink", "masked_sink"):
-        form = getattr(__import__("sparse.attention", fromlist=[name]), name)
+        form = getattr(__import__("sparse.ops.attention_sink", fromlist=[name]), name)
         monkeypatch.setattr(
-            f"sparse.attention.{name}", lambda *a, f=form, n=name: taken.append(n) or f(*a)
+            f"sparse.ops.attention_sink.{name}", lambda *a, f=form, n=name: taken.append(n) or f(*a)
         )
     mask = torch.ones(7, 7, dtype=torch.bool).tril()[None, None]
     module = torch.nn.Module()

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from sparse.calibration import calibrate, calibrated_nats
+from sparse.circuits.pruning.calibration import calibrate, calibrated_nats
 
 
 def miscalibrated(alpha: float, beta: float, n: int = 20_000) -> torch.Tensor:

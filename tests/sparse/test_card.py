@@ -12,8 +12,9 @@ import torch
 from huggingface_hub import HfApi, ModelCard
 from transformers import AutoModel
 
-from sparse.card import OURS, Card, Metric, markdown
-from sparse.model import SparseGPT, SparseGPTConfig
+from sparse.model.config import SparseGPTConfig
+from sparse.model.gpt import SparseGPT
+from sparse.storage.card import OURS, Card, Metric, markdown
 
 ROOT = Path(__file__).resolve().parents[2]
 METRIC = dict(

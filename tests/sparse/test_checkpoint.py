@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from sparse.checkpoint import read_folder, steps_saved, write_folder
+from sparse.storage.checkpoint import read_folder, steps_saved, write_folder
 
 
 def tensors(value=1.0):
@@ -50,9 +50,9 @@ def test_writing_again_replaces_the_folder_whole(tmp_path):
 @pytest.mark.parametrize(
     "where, how",
     [
-        ("sparse.checkpoint.save_file", no_space),
-        ("sparse.checkpoint.save_file", no_space_in_rust),
-        ("sparse.checkpoint.sync", no_space),
+        ("sparse.storage.checkpoint.save_file", no_space),
+        ("sparse.storage.checkpoint.save_file", no_space_in_rust),
+        ("sparse.storage.checkpoint.sync", no_space),
         ("pathlib.Path.write_text", no_space),
         ("pathlib.Path.mkdir", no_space),
     ],

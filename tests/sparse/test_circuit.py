@@ -7,10 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sparse.circuit import Circuit, Node
-from sparse.mask import masked
-from sparse.model import Source, SparseGPT, SparseGPTConfig
-from sparse.tasks import get_task
+from sparse.circuits.circuit import Circuit
+from sparse.circuits.graph import Node
+from sparse.circuits.mask import masked
+from sparse.model.config import SparseGPTConfig
+from sparse.model.gpt import SparseGPT
+from sparse.storage.hub import Source
+from sparse.tasks.suite import get_task
 
 
 def blank(n_layers: int, width: int, d_mlp: int, n_head: int = 1) -> SparseGPT:
@@ -172,7 +175,7 @@ def test_files_of_two_saves_and_broken_files_are_refused(full, tmp_path):
     for broken, says in (
         (text[:100], "is broken"),
         (text.replace('"schema_version": 1', '"schema_version": 99'), "version 99"),
-        (text.replace('"d_head"', '"d_heads"'), "unknown or missing"),
+        (text.replace('"d_head"', '"d_heads"'), "unknown keys"),
     ):
         (tmp_path / "b/circuit.json").write_text(broken)
         with pytest.raises(ValueError, match=says):

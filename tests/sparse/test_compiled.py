@@ -3,9 +3,10 @@ import itertools
 import pytest
 import torch
 
-from sparse.compiled import CompiledCircuit, refuse_unknown
-from sparse.mask import masked
-from sparse.model import SparseGPT, SparseGPTConfig
+from sparse.circuits.extract.circuit_module import CircuitModule, refuse_unknown
+from sparse.circuits.mask import masked
+from sparse.model.config import SparseGPTConfig
+from sparse.model.gpt import SparseGPT
 
 
 def made(seed: int = 0, **fields) -> SparseGPT:
@@ -61,7 +62,7 @@ def test_exact_is_the_masked_model_with_abstopk_everywhere(parts):
     model, ids = made(**parts), texts()
     for share, scale in itertools.product((0.1, 0.4, 1.0), (0.0, 1.0)):
         keep, values = drawn(model, share, scale=scale)
-        circuit = CompiledCircuit(model, keep, values)
+        circuit = CircuitModule(model, keep, values)
         expected = of_the_masked_model(model, keep, values, ids)
         assert (circuit(ids) - expected).abs().max() < 1e-12
 
@@ -72,7 +73,7 @@ def test_where_abstopk_does_not_act_sliced_is_the_masked_model_too(parts):
     keep, values = drawn(model, 0.2)
     expected = of_the_masked_model(model, keep, values, ids)
     for mode in ("exact", "sliced"):
-        circuit = CompiledCircuit(model, keep, values, mode)
+        circuit = CircuitModule(model, keep, values, mode)
         assert circuit.mode == mode
         assert (circuit(ids) - expected).abs().max() < 1e-12
 
@@ -83,7 +84,7 @@ def test_the_other_parts_of_the_released_models_are_computed_too(parts):
     if model.logits_bias is not None:
         torch.nn.init.normal_(model.logits_bias)
     keep, values = drawn(model, 0.3)
-    got = CompiledCircuit(model, keep, values)(texts())
+    got = CircuitModule(model, keep, values)(texts())
     assert (got - of_the_masked_model(model, keep, values, texts())).abs().max() < 1e-12
 
 
@@ -91,7 +92,7 @@ def test_control_where_it_acts_sliced_is_another_function_namely_the_model_witho
     model, plain = made(), made(activation_fraction=1.0)
     plain.load_state_dict(model.state_dict())
     keep, values = drawn(model, 0.3)
-    sliced = CompiledCircuit(model, keep, values, "sliced")(texts())
+    sliced = CircuitModule(model, keep, values, "sliced")(texts())
     assert (sliced - of_the_masked_model(model, keep, values, texts())).abs().max() > 0.1
     assert (sliced - of_the_masked_model(plain, keep, values, texts())).abs().max() < 1e-12
 
@@ -102,7 +103,7 @@ def test_single_precision_stays_within_1e_5_of_the_masked_model():
         keep, values = drawn(model, 0.3, seed)
         expected = of_the_masked_model(model, keep, values, texts())
         torch.testing.assert_close(
-            CompiledCircuit(model, keep, values)(texts()), expected, rtol=1e-5, atol=1e-5
+            CircuitModule(model, keep, values)(texts()), expected, rtol=1e-5, atol=1e-5
         )
 
 
@@ -112,7 +113,7 @@ def test_logits_at_chosen_positions_are_those_of_the_whole_text(n_layers, positi
     model, ids = made(num_hidden_layers=n_layers, positions=positions, bigram_table=True), texts()
     for sinks, mode in itertools.product((True, False), ("exact", "sliced")):
         model = made(num_hidden_layers=n_layers, positions=positions, attention_sinks=sinks)
-        circuit = CompiledCircuit(model, *drawn(model, 0.3), mode)
+        circuit = CircuitModule(model, *drawn(model, 0.3), mode)
         whole, row = circuit(ids), torch.arange(5)
         at = torch.tensor([8, 3, 0, 5, 8])
         torch.testing.assert_close(circuit(ids, at), whole[row, at])
@@ -134,7 +135,7 @@ def test_nothing_kept_a_location_or_a_whole_layer_without_nodes():
         cases += [{at: none[at] if at[0] == layer else keep[at] for at in keep} for layer in "01"]
         for case in cases:
             expected = of_the_masked_model(model, case, values, ids)
-            got = CompiledCircuit(model, case, values)(ids)
+            got = CircuitModule(model, case, values)(ids)
             assert (got - expected).abs().max() < 1e-12
 
 
@@ -143,16 +144,16 @@ def test_heads_are_left_out_only_where_that_changes_nothing():
     keep, values = drawn(model, 1.0)
     keep["0.attn.v"][4:8] = False  # the values of head 1 are constant
     heads = lambda circuit: circuit.steps[0].body.n_head  # noqa: E731
-    assert heads(CompiledCircuit(model, keep, values)) == 3  # the sink's share varies with t
+    assert heads(CircuitModule(model, keep, values)) == 3  # the sink's share varies with t
     with torch.no_grad():
         values["0.attn.v"][4:8] = 0.0
-    circuit = CompiledCircuit(model, keep, values)
+    circuit = CircuitModule(model, keep, values)
     assert heads(circuit) == 2
     expected = of_the_masked_model(model, keep, values, texts())
     assert (circuit(texts()) - expected).abs().max() < 1e-12
     bare = made(activation_fraction=1.0, num_hidden_layers=1, attention_sinks=False)
     values["0.attn.v"][4:8] = 1.0
-    circuit = CompiledCircuit(bare, keep, values)
+    circuit = CircuitModule(bare, keep, values)
     assert heads(circuit) == 2
     expected = of_the_masked_model(bare, keep, values, texts())
     assert (circuit(texts()) - expected).abs().max() < 1e-12
@@ -162,20 +163,20 @@ def test_a_location_that_is_not_named_is_kept_whole_as_in_masked():
     model = made()
     keep, values = drawn(model, 0.3)
     some = {"0.attn.v": keep["0.attn.v"], "1.mlp.post_act": keep["1.mlp.post_act"]}
-    got = CompiledCircuit(model, some, values)(texts())
+    got = CircuitModule(model, some, values)(texts())
     assert (got - of_the_masked_model(model, some, values, texts())).abs().max() < 1e-12
-    got = CompiledCircuit(model, {}, {})(texts())
+    got = CircuitModule(model, {}, {})(texts())
     assert (got - of_the_masked_model(model, {}, {}, texts())).abs().max() < 1e-12
 
 
 def test_it_is_a_copy_that_says_what_it_is_and_how_little_it_holds():
     model = made()
     keep, values = drawn(model, 0.1)
-    exact, sliced = (CompiledCircuit(model, keep, values, m) for m in ("exact", "sliced"))
+    exact, sliced = (CircuitModule(model, keep, values, m) for m in ("exact", "sliced"))
     assert "mode='exact'" in repr(exact) and "mode='sliced'" in repr(sliced)
     kept, total = sum(int(m.sum()) for m in keep.values()), sum(map(len, keep.values()))
     assert f"{kept} of {total} nodes" in repr(exact) and "\n" not in repr(exact)
-    everything = CompiledCircuit(model, {}, {})
+    everything = CircuitModule(model, {}, {})
     assert sliced.n_weights < exact.n_weights < everything.n_weights
     blocks = sum(int(p.count_nonzero()) for p in model.model.blocks.parameters())
     assert sliced.n_weights < everything.n_weights - blocks / 2
@@ -200,11 +201,11 @@ def test_what_it_does_not_know_is_refused_by_name():
     ):
         name = next(iter(fields))
         with pytest.raises(ValueError, match=rf"SparseGPTConfig\.{name}=.* is not supported"):
-            CompiledCircuit(made(**fields), {}, {})
+            CircuitModule(made(**fields), {}, {})
     with pytest.raises(ValueError, match=r"nodes of \['final_resid'\] are not supported"):
-        CompiledCircuit(model, {**keep, "final_resid": torch.ones(16)}, values)
+        CircuitModule(model, {**keep, "final_resid": torch.ones(16)}, values)
     learned = made(positions="learned")
-    circuit = CompiledCircuit(learned, *drawn(learned, 0.5))
+    circuit = CircuitModule(learned, *drawn(learned, 0.5))
     with pytest.raises(ValueError, match="13 positions, but the model has 12 learned ones"):
         circuit(texts(2, 13))
     circuit(texts(2, 12))

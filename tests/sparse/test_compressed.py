@@ -7,7 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
-from sparse.compressed import (
+from sparse.model.config import SparseGPTConfig
+from sparse.model.gpt import SparseGPT
+from sparse.storage.compressed import (
     HEADER,
     LONG,
     MARK,
@@ -18,9 +20,8 @@ from sparse.compressed import (
     mark,
     save_compressed,
 )
-from sparse.model import SparseGPT, SparseGPTConfig
-from sparse.project import SparsityConfig, budgets, project_model_
-from sparse.saving import Source
+from sparse.storage.hub import Source
+from sparse.training.sparsity import SparsityConfig, budgets, project_model_
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INTS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}

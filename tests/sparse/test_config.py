@@ -1,6 +1,6 @@
 import pytest
 
-from sparse.config import LOCATIONS, RESIDUAL_TOPK, TOPK_LOCATIONS, SparseGPTConfig
+from sparse.model.config import LOCATIONS, RESIDUAL_TOPK, TOPK_LOCATIONS, SparseGPTConfig
 
 
 def config(**fields):

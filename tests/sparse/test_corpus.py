@@ -5,7 +5,14 @@ import sys
 
 import pytest
 
-from sparse.corpus import Corpus, Documents, is_validation, load_corpus, open_dataset, stream_corpus
+from sparse.text.corpus import (
+    Corpus,
+    Documents,
+    is_validation,
+    load_corpus,
+    open_dataset,
+    stream_corpus,
+)
 
 
 def write(folder, texts, suffix=".txt"):
@@ -118,7 +125,7 @@ def test_a_stream_of_files_gives_the_documents_of_the_corpus_in_the_same_order(
     book = tmp_path / "b.txt"
     book.write_text("\n\n".join(f"paragraph {i}\n" + "word " * 100 for i in range(60)))
     for at_once in (7, 1 << 20):  # what is read at a time cuts nothing
-        monkeypatch.setattr("sparse.corpus.AT_ONCE", at_once)
+        monkeypatch.setattr("sparse.text.corpus.AT_ONCE", at_once)
         for source in (folder, book):
             rows = [row["text"] for row in stream_corpus(source)]
             corpus = load_corpus(source)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sparse.csr import csr_products
+from sparse.ops.csr_linear import csr_products
 
 EXACT = {torch.float32: 1e-6, torch.float64: 1e-14}  # rounding of sums of about 10 terms
 

@@ -8,8 +8,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from sparse.corpus import is_validation, load_corpus, stream_corpus
-from sparse.data import Batches, StreamingBatches, estimated_tokens, first_blocks, pack
+from sparse.text.batches import Batches, StreamingBatches, first_blocks
+from sparse.text.corpus import is_validation, load_corpus, stream_corpus
+from sparse.text.pack import estimated_tokens, pack
 
 
 def byte_tokenizer(eos="<eos>"):
@@ -84,7 +85,7 @@ def test_a_cache_is_used_only_for_the_same_texts_tokenizer_and_length(tmp_path, 
     blocks = pack(TEXTS, tokenizer, 64, cache=tmp_path)
     assert len(list(tmp_path.iterdir())) == 1
     with monkeypatch.context() as patch:  # a second call does not tokenize
-        patch.setattr("sparse.data._encode", None)
+        patch.setattr("sparse.text.pack.encode", None)
         assert torch.equal(pack(TEXTS, tokenizer, 64, cache=tmp_path), blocks)
     pack(TEXTS, tokenizer, 32, cache=tmp_path)
     pack(TEXTS[1:], tokenizer, 64, cache=tmp_path)

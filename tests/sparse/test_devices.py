@@ -11,10 +11,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
-from sparse.checkpoint import read_folder
-from sparse.pretrain import pretrain
-from sparse.shard import prepared
-from sparse.train import TrainConfig, accelerator_for
+from sparse.storage.checkpoint import read_folder
+from sparse.training.config import TrainConfig
+from sparse.training.pretrain import pretrain
+from sparse.training.processes import accelerator_for
+from sparse.training.shard import prepared
 
 sys.path.insert(0, str(Path(__file__).parent))
 from small_run import batches, build, preset

@@ -3,7 +3,7 @@ import os
 
 import pytest
 
-from sparse.files import replace_files
+from sparse.storage.atomic import replace_files
 
 
 def test_files_are_written_and_replaced(tmp_path):

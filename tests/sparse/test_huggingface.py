@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, pipeline
 
-from sparse.model import SparseGPT, SparseGPTConfig
-from sparse.nodes import edited
+from sparse.circuits.taps import edited
+from sparse.model.config import SparseGPTConfig
+from sparse.model.gpt import SparseGPT
 
 FIELDS = dict(
     vocab_size=31,

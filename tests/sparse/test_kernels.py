@@ -30,7 +30,7 @@ def test_compiled_for_an_h100_the_kernels_spill_no_register(run):
 
 @needs_triton
 def test_the_widths_and_dtypes_that_fit_are_stated():
-    from sparse.kernels import MAX_WIDTH, fits
+    from sparse.ops.abs_topk_cuda import MAX_WIDTH, fits
 
     assert fits(torch.empty(1, MAX_WIDTH)) and fits(torch.empty(1, 3, dtype=torch.bfloat16))
     assert not fits(torch.empty(1, MAX_WIDTH + 1))

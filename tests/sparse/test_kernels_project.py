@@ -30,7 +30,7 @@ def test_compiled_for_an_h100_the_kernels_spill_no_register(run):
 
 @needs_triton
 def test_the_matrices_that_fit_are_stated():
-    from sparse.kernels_project import MAX_WIDTH, fits
+    from sparse.ops.project_cuda import MAX_WIDTH, fits
 
     assert fits(torch.empty(2, MAX_WIDTH), 4, 0) and fits(torch.empty(2, MAX_WIDTH + 1), 0, 0)
     assert not fits(torch.empty(2, MAX_WIDTH + 1), 4, 0)
@@ -48,7 +48,7 @@ def test_on_a_gpu_matrices_are_projected_as_by_the_definition_bit_for_bit(run):
 
 @pytest.mark.gpu
 def test_on_a_gpu_the_projection_never_waits_for_the_device():
-    from sparse.project import project_
+    from sparse.ops.project import project_
 
     weights = [torch.randn(300, 256, device="cuda") for _ in range(2)]
     project_(weights[0].clone(), 2000, 4, 1)  # compiles

@@ -2,11 +2,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sparse.csr import csr_products
-from sparse.mask import last_logits, load_means, masked, node_means, save_means, straight_through
-from sparse.model import SparseGPT, SparseGPTConfig
-from sparse.nodes import edited, recorded
-from sparse.tasks import TaskBatch, task_nats
+from sparse.circuits.mask import masked, straight_through
+from sparse.circuits.means import load_means, node_means, save_means
+from sparse.circuits.score import last_logits
+from sparse.circuits.taps import edited, recorded
+from sparse.model.config import SparseGPTConfig
+from sparse.model.gpt import SparseGPT
+from sparse.ops.csr_linear import csr_products
+from sparse.tasks.batch import TaskBatch, task_nats
 
 
 def random_ids(n: int = 4, length: int = 9, seed: int = 0) -> torch.Tensor:

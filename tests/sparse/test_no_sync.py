@@ -8,10 +8,12 @@ an accelerator without Triton (the kernels have a test of their own on a GPU).
 import pytest
 import torch
 
-from sparse.model import SparseGPT, SparseGPTConfig
-from sparse.pretrain import PretrainConfig, Pretraining
-from sparse.project import SparsityConfig
-from sparse.train import TrainConfig, decay_, scale_
+from sparse.model.config import SparseGPTConfig
+from sparse.model.gpt import SparseGPT
+from sparse.training.config import TrainConfig
+from sparse.training.groups import decay_, scale_
+from sparse.training.pretrain import PretrainConfig, Pretraining
+from sparse.training.sparsity import SparsityConfig
 
 
 def step(after_backward=lambda module: None, **fields):

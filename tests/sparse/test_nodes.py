@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from sparse.nodes import edited, recorded
+from sparse.circuits.taps import edited, recorded
 
 IDS = torch.randint(0, 50, (3, 8), generator=torch.Generator().manual_seed(0))
 

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from sparse.model import SparseGPT, SparseGPTConfig
+from sparse.model.config import SparseGPTConfig
+from sparse.model.gpt import SparseGPT
 
 N_SITES, WIDTH, LENGTH = 5, 12, 7
 

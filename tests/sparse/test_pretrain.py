@@ -8,18 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sparse.data import Batches
-from sparse.model import SparseGPT
-from sparse.pretrain import (
-    PretrainConfig,
-    Pretraining,
-    gao2025,
-    heldout_nats,
-    pretrain,
-    unigram_nats,
-)
-from sparse.project import Anneal, SparsityConfig, budgets
-from sparse.train import TrainConfig, fit
+from sparse.model.gpt import SparseGPT
+from sparse.text.batches import Batches
+from sparse.training.config import TrainConfig
+from sparse.training.heldout import heldout_nats, unigram_nats
+from sparse.training.loop import fit
+from sparse.training.pretrain import PretrainConfig, Pretraining, pretrain
+from sparse.training.recipes import gao2025
+from sparse.training.sparsity import Anneal, SparsityConfig, budgets
 
 STEPS = 32
 SHAPE = dict(

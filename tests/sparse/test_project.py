@@ -1,17 +1,11 @@
 import pytest
 import torch
 
-from sparse.model import SparseGPT, SparseGPTConfig
-from sparse.project import (
-    Anneal,
-    SparsityConfig,
-    budgets,
-    check_budgets,
-    chosen_cpu,
-    chosen_reference,
-    project_,
-    project_model_,
-)
+from sparse.model.config import SparseGPTConfig
+from sparse.model.gpt import SparseGPT
+from sparse.ops.project import chosen_reference, project_
+from sparse.ops.project_cpu import chosen_cpu
+from sparse.training.sparsity import Anneal, SparsityConfig, budgets, check_budgets, project_model_
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -105,7 +99,9 @@ def test_no_sample_however_misleading_changes_the_choice(monkeypatch):
         largest = int(bits(weight.abs()).max())
         for keep, floor in ((600, 4), (ROWS * COLS // 2, 0), (0, 0)):
             ends = torch.randint(0, largest + 2, (2,), generator=rng).sort().values.tolist()
-            monkeypatch.setattr("sparse.project._bracket", lambda bits, keep, ends=ends: ends)
+            monkeypatch.setattr(
+                "sparse.ops.project_cpu._bracket", lambda bits, keep, ends=ends: ends
+            )
             want = chosen_reference(weight, keep, floor, 0)
             assert torch.equal(chosen_cpu(weight, keep, floor, 0), want), (name, keep, ends)
 

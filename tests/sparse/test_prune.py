@@ -3,11 +3,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sparse.circuit import Node
-from sparse.mask import last_logits, masked
-from sparse.model import Source
-from sparse.prune import PruneConfig, clean, prune, smallest
-from sparse.tasks import task_nats
+from sparse.circuits.graph import Node
+from sparse.circuits.mask import masked
+from sparse.circuits.pruning.config import PruneConfig
+from sparse.circuits.pruning.prune import prune
+from sparse.circuits.pruning.search import clean, smallest
+from sparse.circuits.score import last_logits
+from sparse.storage.hub import Source
+from sparse.tasks.batch import task_nats
 
 FAST = PruneConfig(n_steps=60, n_pairs=16, k_coef=3e-3, lr=5e-2)
 
@@ -162,6 +165,6 @@ def test_a_number_added_to_all_logits_changes_no_loss(planted, words):
 def test_an_impossible_config_is_refused(field):
     with pytest.raises(ValueError, match=next(iter(field))):
         PruneConfig(**field)
-    with pytest.raises(ValueError, match="no field"):
+    with pytest.raises(ValueError, match="unknown keys"):
         PruneConfig.from_dict({"target": 0.1})
     assert PruneConfig.from_dict({"target_loss": 0.1}).target_loss == 0.1

@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 
 from sparse import release
-from sparse.circuit import Circuit
-from sparse.mask import node_means, save_means
-from sparse.model import Source, SparseGPT, SparseGPTConfig
+from sparse.circuits.circuit import Circuit
+from sparse.circuits.means import node_means, save_means
+from sparse.model.config import SparseGPTConfig
+from sparse.model.gpt import SparseGPT
+from sparse.storage.hub import Source
 
 PLACES = "attn_in,attn_out,attn_q,attn_k,attn_v,mlp_in,mlp_neuron,mlp_out"
 BASE = dict(
@@ -641,7 +643,7 @@ def test_the_means_come_from_the_models_folder_and_must_cover_what_is_held(case)
         case.open_it()
     save_means(case.model.source.folder, means, case.model.fingerprint())
     assert case.open_it().circuit.ablation.keys() == case.sizes.keys()
-    with pytest.raises(ValueError, match="no value, or too few, at .*'0.attn.q'"):
+    with pytest.raises(ValueError, match="no value, or not one for every node, at .*'0.attn.q'"):
         case.open_it(means={at: x for at, x in means.items() if at != "0.attn.q"})
     in_memory = SparseGPT(case.model.config)
     with pytest.raises(ValueError, match="was made in memory"):

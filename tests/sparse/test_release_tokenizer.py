@@ -7,7 +7,7 @@ import unicodedata
 import pytest
 
 from sparse import release
-from sparse.release_tokenizer import BYTES, CHARS, END_OF_TEXT
+from sparse.release.tokenizer import BYTES, CHARS, END_OF_TEXT
 
 CODE = """def f(self, width=3):
     if width == 1024:

@@ -11,10 +11,12 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from sparse.checkpoint import read_folder, steps_saved
-from sparse.pretrain import Pretraining, heldout_nats, pretrain
-from sparse.project import budgets, project_
-from sparse.train import fit
+from sparse.ops.project import project_
+from sparse.storage.checkpoint import read_folder, steps_saved
+from sparse.training.heldout import heldout_nats
+from sparse.training.loop import fit
+from sparse.training.pretrain import Pretraining, pretrain
+from sparse.training.sparsity import budgets
 
 sys.path.insert(0, str(Path(__file__).parent))
 from small_run import HELD, STEPS, batches, build, logged, preset
@@ -163,7 +165,7 @@ class Counted(Pretraining):
 
     def check(self, step):
         densities = self.config.sparsity.densities(step, STEPS)
-        for b in self.plan:
+        for b in self.budgets:
             keep = int(densities[b.is_embedding] * b.weight.numel())
             assert b.weight.count_nonzero() == keep, (b.name, step)
             if b.floor:
@@ -190,7 +192,7 @@ def test_every_budget_is_exact_after_every_step_and_after_a_resume(tmp_path):
     assert first.counts == dict.fromkeys(range(15), 2) | {15: 2}
     # resumed at step 15: what the checkpoint held is counted before anything else
     assert again.counts == {14: 1} | dict.fromkeys(range(15, 23), 2) | {23: 1}
-    spared = {n for n, _ in again.model.named_parameters()} - {b.name for b in again.plan}
+    spared = {n for n, _ in again.model.named_parameters()} - {b.name for b in again.budgets}
     assert "bigram" in spared
     assert all(again.model.get_parameter(n).count_nonzero() > 0 for n in spared)
 

@@ -2,9 +2,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sparse.activation import abs_topk
-from sparse.model import SparseGPT, SparseGPTConfig
-from sparse.slices import ROWS_AT_ONCE, Attend, Map, Place, Read, Think
+from sparse.circuits.extract.sublayers import ROWS_AT_ONCE, Attend, Map, Place, Read, Think
+from sparse.model.config import SparseGPTConfig
+from sparse.model.gpt import SparseGPT
+from sparse.ops.abs_topk import abs_topk
 
 DOUBLE = torch.zeros((), dtype=torch.float64)
 

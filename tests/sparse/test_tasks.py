@@ -8,17 +8,10 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from sparse.suite import FUNCTIONS, LISTS, NAMES, VARIABLES, WORDS, deal
-from sparse.tasks import (
-    SPLITS,
-    Pair,
-    Task,
-    TaskBatch,
-    check_vocabulary,
-    get_task,
-    task_names,
-    task_nats,
-)
+from sparse.tasks.batch import TaskBatch, check_vocabulary, task_nats
+from sparse.tasks.suite import get_task, task_names
+from sparse.tasks.suite.words import FUNCTIONS, LISTS, NAMES, VARIABLES, WORDS, deal
+from sparse.tasks.task import SPLITS, Pair, Task
 
 EVERY = [*task_names(), *(f"{name}:nonsense" for name in task_names())]
 

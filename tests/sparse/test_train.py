@@ -12,11 +12,15 @@ from accelerate.state import AcceleratorState
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparse.checkpoint import read_folder, steps_saved, write_folder
-from sparse.data import Batches
-from sparse.project import SparsityConfig, project_
-from sparse.run_state import Interrupted, RunState, TrainConfig
-from sparse.train import Group, fit, scale_, warmup_decay
+from sparse.ops.project import project_
+from sparse.storage.checkpoint import read_folder, steps_saved, write_folder
+from sparse.text.batches import Batches
+from sparse.training.config import TrainConfig
+from sparse.training.groups import Group, scale_, warmup_decay
+from sparse.training.loop import fit
+from sparse.training.processes import Interrupted
+from sparse.training.run_state import RunState
+from sparse.training.sparsity import SparsityConfig
 
 BLOCKS = torch.randint(0, 10, (40, 6), generator=torch.Generator().manual_seed(0))
 
@@ -266,7 +270,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_serves(tmp_path):
 def test_a_full_disk_at_a_checkpoint_keeps_the_one_before_and_the_run_resumes(
     tmp_path, monkeypatch
 ):
-    import sparse.checkpoint as checkpoint
+    import sparse.storage.checkpoint as checkpoint
 
     def full(tensors, path):
         if "step-00000008" in str(path):

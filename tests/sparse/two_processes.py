@@ -18,9 +18,10 @@ from accelerate import Accelerator, debug_launcher
 from safetensors.torch import save_file
 from small_run import HELD, batches, build, preset
 
-from sparse.pretrain import Pretraining, heldout_nats
-from sparse.run_state import Interrupted
-from sparse.train import fit
+from sparse.training.heldout import heldout_nats
+from sparse.training.loop import fit
+from sparse.training.pretrain import Pretraining
+from sparse.training.processes import Interrupted
 
 
 def train(out: str, name: str, run: str, passes: int = 1, asks: int = -1) -> None:

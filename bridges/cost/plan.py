@@ -1,0 +1,273 @@
+"""What a co-training run takes, before it is started: parameters, memory by part, time and disk.
+
+    weights     4 n of the twin and the bridges; the dense model as it was loaded
+    gradients   4 n,     moments  8 n + 4 a tensor
+    saved       sum over steps k of rows_k * (bytes that step k keeps of one row for the backward)
+    rows_k      rows + sum_{s <= k} e_s in the twin,     sum_{s <= k} e_s in the dense model
+    e_s         rows, or rows * m / n_sites where each sequence draws m sites (their mean)
+
+Of P processes that share the parameters each holds 1/P of weights, gradients and moments, and in a
+step the whole of weights and gradients beside them.
+
+What a step keeps of a row is counted (saved_bytes.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from bridges.losses.chunked import CHUNK, MIN_ROWS
+from bridges.maps.bridge import BridgeSet
+from bridges.training.config import CotrainConfig
+from sparse.model.gpt import SparseGPT
+from sparse.training.sparsity import budgets
+
+from .saved_bytes import dense_saved, site_saved, twin_saved
+from .step_time import StepTime, rows_per_pass
+
+COPIES = 6
+"""Tensors as large as a chunk of logits that exist at once: the logits of both models, log p, p,
+q and the gradient."""
+EVALUATED = 16
+"""Sequences that examples/train_bridge.py evaluates at a time, at most."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What a run takes. `str()` of it is a table."""
+
+    dense_parameters: int
+    twin_parameters: int
+    twin_nonzero: int
+    """Entries of the twin that are left at the end; those that are never projected count too."""
+    bridge_parameters: int
+    steps: int
+    """Optimizer steps."""
+    batch: int
+    """Sequences per optimizer step, over all processes and passes."""
+    length: int
+    """Tokens per sequence."""
+    accumulate: int
+    """Passes per optimizer step."""
+    processes: int
+    mixed_precision: str
+    state: dict[str, int]
+    """Bytes on each device that stay there, by part."""
+    step: dict[str, int]
+    """Bytes on each device in a training step, by part; an upper bound, because gradients come
+    while what was kept goes."""
+    evaluation: int
+    """Bytes on each device in an evaluation, which is not at the time of a step."""
+    disk: dict[str, int]
+    """Bytes on disk, by part."""
+    unknown: tuple[str, ...] = ()
+    """What could not be counted, and why."""
+    step_time: StepTime | None = None
+    """A measurement on the device at hand, if one was made."""
+
+    @property
+    def tokens(self) -> int:
+        """Training tokens of the whole run."""
+        return self.steps * self.batch * self.length
+
+    @property
+    def memory(self) -> int:
+        """Bytes on each device at the peak, as predicted."""
+        return sum(self.state.values()) + max(sum(self.step.values()), self.evaluation)
+
+    def hours(self, tokens: int | float | None = None) -> float | None:
+        """Return the hours for so many tokens (all of the run's), None where nothing was probed."""
+        rate = self.step_time.tokens_per_second if self.step_time else None
+        return None if rate is None else (tokens or self.tokens) / rate / 3600
+
+    def line(self) -> str:
+        """Return one line: steps, tokens, memory and, where it was probed, hours."""
+        said = (
+            f"{self.steps:,} steps, {self.tokens / 1e6:,.1f} M tokens, "
+            f"{gb(self.memory)} GB of memory predicted"
+        )
+        if self.step_time is None:
+            return said
+        if (hours := self.hours()) is None:
+            where, why = self.step_time.device, self.step_time.failed
+            return f"{said}; the probe did not hold on {where}: {why}"
+        rate = f"{self.step_time.tokens_per_second:,.3g} tokens/s on {self.step_time.device}"
+        return f"{said}; at {rate} it takes about {hours:,.3g} hours"
+
+    def __str__(self) -> str:
+        rows = [
+            ("parameters", ""),
+            ("  dense", f"{self.dense_parameters:,}"),
+            ("  twin", f"{self.twin_parameters:,}"),
+            ("  twin, kept at the end", f"{self.twin_nonzero:,}"),
+            ("  bridges", f"{self.bridge_parameters:,}"),
+            ("run", ""),
+            ("  optimizer steps", f"{self.steps:,}"),
+            ("  tokens", f"{self.tokens:,}"),
+            ("  sequences per step", f"{self.batch} x {self.length} tokens"),
+            ("  passes per step", f"{self.accumulate}"),
+            ("  processes", f"{self.processes}"),
+            ("  precision", f"{self.mixed_precision}"),
+            ("memory of a device, GB, predicted", gb(self.memory)),
+            *((f"  {name}", gb(n)) for name, n in (self.state | self.step).items()),
+            ("  evaluation, instead of a step", gb(self.evaluation)),
+            ("disk, GB", gb(sum(self.disk.values()))),
+            *((f"  {name}", gb(n)) for name, n in self.disk.items()),
+            *(("not counted", why) for why in self.unknown),
+            *self._probed(),
+        ]
+        return "\n".join(f"{name:38}{value:>16}".rstrip() for name, value in rows)
+
+    def _probed(self) -> list[tuple[str, str]]:
+        p = self.step_time
+        if p is None:
+            return []
+        rows = [("probed", "")]
+        if p.tokens_per_second is not None:
+            whole, billion = self.hours(), self.hours(1e9)
+            rows += [
+                ("  device", p.device),
+                ("  sequences at a time", f"{p.sequences} x {p.length} tokens"),
+                ("  seconds per such step", f"{p.seconds:.3g}"),
+                ("  tokens/s", f"{p.tokens_per_second:,.3g}"),
+                ("  hours for the run", f"{whole:,.3g}"),
+                ("  hours for 1 B tokens", f"{billion:,.3g}"),
+                (f"  GB, {p.peak_of}", gb(p.peak or 0)),
+            ]
+        return rows + ([("  it did not hold", p.failed)] if p.failed else [])
+
+
+def gb(n: int | float) -> str:
+    """Return bytes as GB, 10^9."""
+    return f"{n / 1e9:,.3f}"
+
+
+def plan(
+    dense: Any,
+    sparse: SparseGPT,
+    bridges: BridgeSet,
+    config: CotrainConfig,
+    batch: int,
+    length: int,
+    *,
+    processes: int = 1,
+    text_tokens: int = 0,
+    step_time: StepTime | None = None,
+) -> Plan:
+    """Return what `cotrain` of these would take with batches of (batch, length).
+
+    Nothing is run and nothing changed; parameters may be on the meta device or fake. Of `dense`
+    are asked `model`, `n_sites`, `d_resid`, `vocab_size`. `text_tokens` is the number of tokens of
+    the text kept on disk as blocks, 0 for a stream. Raises ValueError for a batch that processes
+    and passes cannot share.
+    """
+    train = config.train
+    rows, twin = rows_per_pass(batch, processes, train.accumulate), count(sparse)
+    weights, moments, parameters = _trained(sparse, bridges)
+    of = processes if train.shard else 1
+    whole = {"weights, gathered": parameters, "gradients": parameters + parameters // of}
+    step, unknown = _step(dense, sparse, bridges, config, rows, length)
+    final = config.sparsity.densities(train.steps, train.steps)
+    lost = sum(b.weight.numel() - b.keep(final) for b in budgets(sparse, config.sparsity))
+    n = train.keep_checkpoints
+    return Plan(
+        dense_parameters=count(dense.model),
+        twin_parameters=twin,
+        twin_nonzero=twin - lost,
+        bridge_parameters=count(bridges),
+        steps=train.steps,
+        batch=batch,
+        length=length,
+        accumulate=train.accumulate,
+        processes=processes,
+        mixed_precision=train.mixed_precision,
+        state={
+            "dense model": stored(dense.model),
+            "weights of twin and bridges": weights - parameters + parameters // of,
+            "Adam's moments": moments // of,
+        },
+        step=(whole if of > 1 else {"gradients": parameters}) | step,
+        evaluation=_evaluation(dense, sparse, bridges, min(EVALUATED, rows) * length),
+        disk={
+            f"{n} checkpoints, one being written": (n + 1) * (weights + moments),
+            "twin, bridges, held-out text": weights + 64 * 8 * length,
+            "tokens of the text": 4 * text_tokens,
+        },
+        unknown=unknown,
+        step_time=step_time,
+    )
+
+
+def _trained(sparse: SparseGPT, bridges: BridgeSet) -> tuple[int, int, int]:
+    """Return the bytes of weights with their buffers, of Adam's moments, of parameters alone."""
+    parameters = [*sparse.parameters(), *bridges.parameters()]
+    moments = sum(2 * p.nbytes + 4 for p in parameters)
+    return stored(sparse) + stored(bridges), moments, sum(p.nbytes for p in parameters)
+
+
+def count(module: nn.Module) -> int:
+    """Return the number of parameters, shared ones once."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def stored(module: nn.Module) -> int:
+    """Return the bytes of parameters and buffers, shared ones once."""
+    return sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
+
+
+def _step(
+    dense: Any, sparse: SparseGPT, bridges: BridgeSet, config: CotrainConfig, rows: int, length: int
+) -> tuple[dict[str, int], tuple[str, ...]]:
+    """Return the bytes of a pass over `rows` sequences by part, gradients of parameters aside."""
+    c, precision = bridges.config, config.train.mixed_precision
+    n, d, d_dense = len(c.sites), sparse.d_resid, dense.d_resid
+    each = 1.0 if config.hybrid_sites == "all" else config.sites_per_sequence / n
+    entered = each if config.weights.hybrid else 0.0  # at every site, as a share of the rows
+    attend, think = twin_saved(sparse, length, precision)
+    joined = _joined(c.sparse_sites, sparse.n_sites, entered)
+    twin = sum((1 + x) * (think if k % 2 else attend).of_row for k, x in enumerate(joined))
+    copies = (attend.once + think.once) * sparse.config.num_hidden_layers
+    site = site_saved(bridges, length, precision)
+    unknown: list[str] = []
+    tail = 0.0
+    try:
+        of_dense = dense_saved(dense.model, length, precision)
+    except (RuntimeError, ValueError, TypeError) as error:
+        unknown.append(f"the dense model's tail: {type(error).__name__} {error}".split("\n")[0])
+    else:
+        per_step = of_dense.of_row / (dense.n_sites - 1)
+        tail = per_step * sum(_joined(c.sites, dense.n_sites, entered))
+        copies += of_dense.once
+    streams = n * entered  # how often every sequence ends in one direction
+    ends = 3 * 4 * length * (d + streams * (d + d_dense))  # rows, put in order, their gradient
+    at_once = min(max(MIN_ROWS, CHUNK // dense.vocab_size), int(rows * length * max(1, streams)))
+    head = sparse.lm_head.weight.nbytes + sum(
+        p.nbytes for name, p in sparse.named_parameters() if name == "bigram"
+    )
+    bytes_of = {
+        "kept of the twin's layers": rows * twin,
+        "kept of the dense model's layers": rows * tail,
+        "residuals at all sites": rows * site.of_row * n,
+        "ends of the passes": rows * ends,
+        "16-bit copies of weights": copies + site.once * n,
+        "gradient of the unembedding": head,
+        "a chunk of logits": COPIES * 4 * at_once * dense.vocab_size + head,
+    }
+    return {name: int(x) for name, x in bytes_of.items()}, tuple(unknown)
+
+
+def _joined(sites: tuple[int, ...], n_sites: int, entered: float) -> list[float]:
+    """Rows that have entered by step k = 0 .. n_sites - 2, as shares of the batch."""
+    return [entered * sum(s <= k for s in sites) for k in range(n_sites - 1)]
+
+
+def _evaluation(dense: Any, sparse: SparseGPT, bridges: BridgeSet, tokens: int) -> int:
+    """Bytes of an evaluation of so many tokens at all sites at once, in float32, no gradient."""
+    n, config = len(bridges.config.sites), sparse.config
+    width = max(config.intermediate_size, 3 * config.num_attention_heads * config.head_dim)
+    residuals = 2 * n * (dense.d_resid + sparse.d_resid)
+    widest = (n + 1) * (3 * width + 2 * sparse.d_resid)
+    return 4 * tokens * (residuals + widest)

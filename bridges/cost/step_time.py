@@ -1,0 +1,197 @@
+"""Speed and memory of a few real training steps on the device at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from bridges.maps.bridge import BridgeSet
+from bridges.protocol import FrozenModel
+from bridges.training.config import CotrainConfig
+from bridges.training.cotrain import Cotraining
+from sparse.model.gpt import SparseGPT
+from sparse.training.loop import fit
+from sparse.training.shard import AllStop
+
+NEVER = 10**9
+TIMED = 2
+"""Steps timed after the first, which warms up; the faster one counts."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepTime:
+    """What `time_steps` measured; a number is None where it did not come to it."""
+
+    device: str
+    sequences: int = 0
+    """Sequences of a step, over all processes and its passes, of which there are at most two."""
+    length: int = 0
+    """Tokens of a sequence."""
+    seconds: float | None = None
+    """Of one step, forward and backward, optimizer and projection."""
+    peak: int | None = None
+    """Bytes at the peak."""
+    peak_of: str = ""
+    """What the peak is of: torch.cuda.max_memory_allocated, or the process's resident size."""
+    failed: str = ""
+    """The first size that did not hold, and why; empty where none was met."""
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Training tokens per second over all processes."""
+        return None if self.seconds is None else self.sequences * self.length / self.seconds
+
+
+class _Enough(AllStop):
+    """Ends the training before it has written anything."""
+
+
+class _Clocked:
+    """Random tokens that note when each step asks for them, and stop the training in time."""
+
+    def __init__(self, ids: Tensor, device: torch.device, steps: int) -> None:
+        self.ids, self.device, self.steps = ids, device, steps
+        self.times: list[float] = []
+
+    def __iter__(self) -> Iterator[Tensor]:
+        while len(self.times) <= self.steps:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            self.times.append(perf_counter())
+            if len(self.times) <= self.steps:
+                yield self.ids
+        raise _Enough
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        raise ValueError("a probe is never resumed")
+
+
+def time_steps(
+    dense: FrozenModel,
+    sparse: SparseGPT,
+    bridges: BridgeSet,
+    config: CotrainConfig,
+    batch: int,
+    length: int,
+    accelerator: Accelerator,
+    seconds: float = 20.0,
+) -> StepTime:
+    """Return time and memory of the steps that `cotrain` would take, on random tokens.
+
+    One sequence per process is tried, then twice as many, up to those of one pass of a step, as
+    long as the steps would end within `seconds` in all, compilation aside; the largest that held is
+    returned. The twin is at its final density. `fit` itself takes the steps and is stopped before
+    it writes: nothing is written and the random numbers that follow are the same, but `sparse` and
+    `bridges` are changed: build them anew before training. Raises ValueError as `plan` does.
+    """
+    device, world = accelerator.device, accelerator.num_processes
+    most, n = rows_per_pass(batch, world, config.train.accumulate), 1
+    dense.model.to(device)
+    best, spent = StepTime(device=_name(device)), 0.0
+    while True:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # each step seeds
+            found = _try(dense, sparse, bridges, config, n * world, length, accelerator)
+        if isinstance(found, str):
+            return replace(best, failed=f"{n} x {length} tokens a process: {found}")
+        # of several processes the slowest counts, and all go on or none
+        took = _slowest(found.seconds or 0.0, accelerator)
+        best, spent = replace(found, seconds=took), spent + (1 + TIMED) * took
+        if n == most or spent + 2 * (1 + TIMED) * took > seconds:
+            return best
+        n = min(2 * n, most)
+
+
+def rows_per_pass(batch: int, processes: int, accumulate: int) -> int:
+    """Return the sequences of a pass of one process; raise ValueError where shares are unequal."""
+    parts = processes * accumulate
+    if batch < 1 or batch % parts:
+        raise ValueError(
+            f"a batch of {batch} sequences cannot be shared by {processes} processes and "
+            f"{accumulate} passes evenly; take a multiple of {parts}"
+        )
+    return batch // parts
+
+
+def _try(
+    dense: FrozenModel,
+    sparse: SparseGPT,
+    bridges: BridgeSet,
+    config: CotrainConfig,
+    sequences: int,
+    length: int,
+    accelerator: Accelerator,
+) -> StepTime | str:
+    """Take a few steps; return what they took, or why they could not be taken."""
+    device = accelerator.device
+    passes = min(2, config.train.accumulate)
+    train = replace(
+        config.train,
+        steps=2 + TIMED,  # one more than are taken: what follows the last is not reached
+        folder=str(Path(config.train.folder) / "never written"),
+        accumulate=passes,
+        log_every=NEVER,
+        checkpoint_every=NEVER,
+        evaluate_every=0,
+    )
+    module = Cotraining(dense, sparse, bridges, replace(config, train=train)).to(device)
+    ids = torch.randint(dense.vocab_size, (sequences * passes, length))
+    batches = _Clocked(ids, device, 1 + TIMED)
+    _reset_peak(device)
+    try:
+        fit(module, batches, train, lambda _: module.project(train.steps), accelerator=accelerator)
+    except _Enough:
+        times = batches.times
+        peak, of = _peak(device)
+        took = min(b - a for a, b in zip(times[1:], times[2:], strict=False))
+        return StepTime(
+            device=_name(device),
+            sequences=len(ids),
+            length=length,
+            seconds=took,
+            peak=peak,
+            peak_of=of,
+        )
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        return str(error).split("\n")[0]
+    finally:
+        module.zero_grad(set_to_none=True)
+        accelerator.free_memory()
+    raise AssertionError("fit ended before the probe stopped it")
+
+
+def _slowest(seconds: float, accelerator: Accelerator) -> float:
+    mine: Any = torch.tensor([seconds], device=accelerator.device)
+    return float(accelerator.gather(mine).max())  # pyright: ignore
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif (path := Path("/proc/self/clear_refs")).exists():
+        path.write_text("5")
+
+
+def _peak(device: torch.device) -> tuple[int | None, str]:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device), "torch.cuda.max_memory_allocated"
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None, "no resident peak on this system"
+    line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024, "resident peak (VmHWM)"

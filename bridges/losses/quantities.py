@@ -1,0 +1,84 @@
+"""KL, cross entropy and normalised squared error: one function per quantity, one unit each."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch.distributed
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import mse_loss
+
+from .moments import Moments
+
+
+def log_probs(logits: Float[Tensor, "*batch vocab"]) -> Float[Tensor, "*batch vocab"]:
+    """Return log softmax over the full vocabulary, in float32 or better."""
+    return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+def kl_nats(
+    target: Float[Tensor, "*batch vocab"], logits: Float[Tensor, "*batch vocab"]
+) -> Float[Tensor, "*batch"]:
+    """Return KL(p || q) at each position in nats, p from `target` and q from `logits`.
+
+        KL = sum_v p_v (log p_v - log q_v),     d KL / d logits = q - p
+
+    Both may be logits or log-probabilities; the target is a constant (no gradient reaches it). One
+    number per position: the caller writes the mean.
+    """
+    return _KL.apply(target, logits)  # pyright: ignore[reportReturnType]
+
+
+class _KL(torch.autograd.Function):
+    """The gradient in closed form: half the passes over the vocabulary that autograd would make."""
+
+    @staticmethod
+    def forward(ctx, target: Tensor, logits: Tensor) -> Tensor:
+        log_p, log_q = log_probs(target), log_probs(logits)
+        p = log_p.exp()
+        ctx.save_for_backward(p, log_q)
+        ctx.dtype = logits.dtype
+        return torch.linalg.vecdot(p, log_p - log_q)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        p, log_q = ctx.saved_tensors
+        return None, (log_q.exp().sub_(p).mul_(grad.unsqueeze(-1))).to(ctx.dtype)
+
+
+def ce_nats(
+    logits: Float[Tensor, "batch pos vocab"], ids: Int[Tensor, "batch pos"]
+) -> Float[Tensor, "batch predicted"]:
+    """Return -log p(next token) in nats at the pos - 1 positions that have a next token."""
+    log_q = log_probs(logits[:, :-1])
+    return -log_q.gather(-1, ids[:, 1:].unsqueeze(-1)).squeeze(-1)
+
+
+Normalised = Literal["fvu", "per_token", "uncentred"]
+
+
+def nmse(
+    x: Float[Tensor, "*batch d"],
+    target: Float[Tensor, "*batch d"],
+    moments: Moments | None = None,
+    by: Normalised = "fvu",
+) -> Float[Tensor, ""]:
+    """Return a normalised squared error, a fraction; 0 is perfect. t over batch and positions:
+
+        "fvu"        sum_t |x_t - target_t|^2 / sum_t |target_t - mean|^2
+        "per_token"  mean_t (|x_t - target_t|^2 / (|target_t - mean|^2 + 1e-8))
+        "uncentred"  sum_t |x_t - target_t|^2 / sum_t |target_t|^2
+
+    Definitions A, B and C of method.md 3.3; the first is the fraction of variance unexplained, 1
+    where x is as good as the mean. Denominators are detached, so the target cannot lower its loss
+    by growing. `moments` are those of the whole of which `target` holds some rows, by default of
+    the target itself; the errors of all its parts add up to that of the whole.
+    """
+    x, target = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (x, target))
+    n, mean, spread = moments or Moments.of(target)
+    if by == "per_token":
+        away = (target.detach() - mean).square().sum(-1) + 1e-8
+        return ((x - target).square().sum(-1) / away).sum() / n
+    below = spread if by == "fvu" else spread + n * mean.square().sum()
+    return mse_loss(x, target, reduction="sum") / below

@@ -1,0 +1,214 @@
+"""A run folder: a sparse model, its bridges and circuits, and where everything came from.
+
+RUN/manifest.json            dense model (name, fingerprint), settings, data, versions
+RUN/sparse/                  config, safetensors, tokenizer, node_means.safetensors
+RUN/bridges/                 state.json, bridges.safetensors
+RUN/heldout.safetensors      validation blocks that no training step saw
+RUN/circuits/<task>/         circuit.json, circuit.safetensors
+RUN/log.jsonl, checkpoints/  what training wrote
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from platform import python_version
+from typing import Any
+
+from jaxtyping import Int
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from bridges.maps.bridge import BridgeSet
+from dense import DenseModel
+from sparse.circuits.circuit import Circuit
+from sparse.circuits.means import load_means, node_means, save_means
+from sparse.model.gpt import SparseGPT
+from sparse.storage.atomic import replace_files
+
+SCHEMA_VERSION = 1
+TINY = Path(__file__).parent / "tiny_run"
+RESTORE = "restore it, or start the training command again"
+PACKAGES = ("torch", "transformers", "accelerate", "nnsight", "safetensors", "scipy", "numpy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What `load_run` opens."""
+
+    folder: Path
+    """What is read."""
+    output: Path
+    """Where new circuits and reports go: `folder`, or runs/tiny for the built-in run."""
+    dense: DenseModel
+    sparse: SparseGPT
+    bridges: BridgeSet
+    tokenizer: Any
+    manifest: dict[str, Any]
+
+    def __repr__(self) -> str:
+        n = len(self.bridges.config.sites)
+        return f"Run({str(self.folder)!r}, dense {self.dense.name!r}, bridges at {n} sites)"
+
+    def circuits(self) -> dict[str, Circuit]:
+        """Return the circuits saved in the run, by task name; new ones go before built-in ones."""
+        places = dict.fromkeys((self.folder, self.output))
+        found = [path for at in places for path in sorted(at.glob("circuits/*/circuit.json"))]
+        loaded = (Circuit.load(path.parent) for path in found)
+        return {circuit.task.name: circuit for circuit in loaded}
+
+    def circuit_folder(self, task_name: str) -> Path:
+        """Return where the circuit for a task is, or goes."""
+        return self.output / "circuits" / task_name.replace(":", "-")
+
+    def heldout(self) -> Int[Tensor, "block pos"]:
+        """Return the run's validation blocks."""
+        path = self.folder / "heldout.safetensors"
+        try:
+            return load(path.read_bytes())["blocks"]
+        except (OSError, KeyError, SafetensorError) as error:
+            raise ValueError(f"{path} cannot be read ({error}); {RESTORE}") from error
+
+    def log(self) -> list[dict[str, Any]]:
+        """Return the lines of the training log; a last line torn by a kill is left out."""
+        path = self.folder / "log.jsonl"
+        try:
+            lines = path.read_text().splitlines(keepends=True)
+            return [json.loads(line) for line in lines if line.endswith("\n")]
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} cannot be read ({error}); {RESTORE}") from error
+
+    def export(self, folder: str | Path) -> None:
+        """Write a small copy to give away: everything `load_run` opens, the zeros left out.
+
+        Weights load from it to the same bits; checkpoints, log and reports stay behind.
+        """
+        folder, source = Path(folder), self.sparse.source
+        of = self.sparse.fingerprint()
+        means = load_means(self.folder / "sparse", of)
+        try:
+            self.sparse.save_pretrained(folder / "sparse", sparse=True)
+            copy = self.sparse.source
+        finally:
+            self.sparse.source = source
+        self.tokenizer.save_pretrained(folder / "sparse")
+        save_means(folder / "sparse", means, of)
+        self.bridges.save(folder / "bridges")
+        for name, circuit in self.circuits().items():
+            replace(circuit, source=copy).save(folder / "circuits" / name.replace(":", "-"))
+        files = {"heldout.safetensors": save({"blocks": self.heldout()})}
+        replace_files(folder, files | {"manifest.json": json.dumps(self.manifest, indent=1)})
+
+
+def save_run(
+    folder: str | Path,
+    dense: DenseModel,
+    sparse: SparseGPT,
+    bridges: BridgeSet,
+    *,
+    heldout: Int[Tensor, "block pos"],
+    means_from: Int[Tensor, "block pos"],
+    facts: dict[str, Any],
+) -> Run:
+    """Write a run folder and return it opened.
+
+    `means_from` is the text over which the node means are taken (training text), `heldout` the
+    blocks later evaluations use, `facts` whatever the manifest should say besides (settings, data,
+    command). The dense model's tokenizer is saved beside the sparse model.
+    """
+    folder = Path(folder)
+    if dense.tokenizer is None:
+        raise ValueError(
+            "save_run: the dense model has no tokenizer, so the run could not be used without it; "
+            "open it with DenseModel(model, tokenizer)"
+        )
+    sparse.save_pretrained(folder / "sparse")
+    dense.tokenizer.save_pretrained(folder / "sparse")
+    means = node_means(sparse, means_from)
+    save_means(folder / "sparse", means, sparse.fingerprint())
+    bridges.dense_fingerprint = dense.fingerprint
+    bridges.sparse_fingerprint = sparse.fingerprint()
+    bridges.save(folder / "bridges")
+    replace_files(folder, {"heldout.safetensors": save({"blocks": heldout.contiguous()})})
+    manifest = {
+        "schema_version": SCHEMA_VERSION,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "dense": {"name": str(dense.name), "fingerprint": dense.fingerprint},
+        "sparse": {"fingerprint": sparse.fingerprint()},
+        "versions": {"python": python_version()} | {name: version(name) for name in PACKAGES},
+        **facts,
+    }
+    replace_files(folder, {"manifest.json": json.dumps(manifest, indent=1)})
+    return load_run(folder, dense)
+
+
+def load_run(folder: str | Path, dense: DenseModel | str | None = None) -> Run:
+    """Open a run folder; the dense model, or its name or folder, is the manifest's unless given.
+
+    "tiny" is the built-in run (its card: bridges/tiny_run/README.md), which is only read.
+    A dense model other than the one the bridges were trained with is refused by fingerprint.
+    """
+    builtin = str(folder) == "tiny"
+    folder = TINY if builtin else Path(folder)
+    path = folder / "manifest.json"
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} is no run folder: {path.name} is missing; pass the --output_dir of "
+            "examples/train_bridge.py after it has finished training"
+        )
+    try:
+        manifest = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:  # no JSON, no text, or no object
+        raise ValueError(f"{path} is broken ({error}); {RESTORE}") from error
+    if (found := manifest.get("schema_version")) != SCHEMA_VERSION:
+        raise ValueError(
+            f"{path} has schema version {found}, this library reads {SCHEMA_VERSION}; update the "
+            "library or train again"
+        )
+    if not isinstance(dense, DenseModel):
+        dense = DenseModel.from_pretrained(dense or manifest["dense"]["name"])
+    sparse, tokenizer = _twin(folder / "sparse")
+    bridges = BridgeSet.load(folder / "bridges")
+    bridges.check(dense, sparse)
+    return Run(
+        folder=folder,
+        output=Path("runs/tiny") if builtin else folder,
+        dense=dense,
+        sparse=sparse.to(dense.device),  # pyright: ignore[reportArgumentType]
+        bridges=bridges.to(dense.device),
+        tokenizer=tokenizer,
+        manifest=manifest,
+    )
+
+
+def _twin(folder: Path) -> tuple[SparseGPT, Any]:
+    """Open the sparse model and the tokenizer beside it; what is wrong there names the folder."""
+    if not (folder / "config.json").is_file():  # transformers would go on with the defaults
+        raise ValueError(f"config.json of {folder} is missing; {RESTORE}")
+    try:
+        return SparseGPT.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"a file in {folder} is broken ({error}); {RESTORE}") from error
+
+
+def run_folder(circuit: Circuit, remedy: str) -> Path:
+    """Return the folder of the sparse model that a circuit came from.
+
+    Raises ValueError, with the remedy, where it is not known or not there.
+    """
+    if circuit.source is None:
+        raise ValueError(
+            f"the circuit for {circuit.task.name} does not know which run it came from; pass "
+            f"{remedy}, or prune a model that was saved to a run folder"
+        )
+    if not Path(circuit.source.folder).is_dir():
+        raise ValueError(
+            f"the circuit for {circuit.task.name} came from {circuit.source.folder}, which is not "
+            f"there; pass {remedy}, or restore the folder"
+        )
+    return Path(circuit.source.folder)

@@ -1,0 +1,198 @@
+"""Training a weight-sparse twin together with the bridges to a frozen dense model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import reduce
+
+import torch
+from accelerate import Accelerator
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from bridges.losses.moments import Moments, of_all_processes
+from bridges.maps.bridge import BridgeSet
+from bridges.protocol import FrozenModel, fingerprint
+from sparse.model.gpt import SparseGPT
+from sparse.model.modes import mode
+from sparse.ops.csr_linear import WORTH_REBUILDING, csr_products
+from sparse.training.config import BatchSource
+from sparse.training.groups import Group, warmup_decay
+from sparse.training.loop import fit
+from sparse.training.processes import accelerator_for
+from sparse.training.sparsity import Budget, budgets, check_budgets, project_model_
+
+from .config import CotrainConfig
+from .hybrid import draw_positions, draw_sites
+from .objective import Part, losses
+from .validate import calibrate, validate
+
+
+class Cotraining(nn.Module):
+    """The one trainable module: sparse model and bridges inside, the dense model beside."""
+
+    dense: FrozenModel
+
+    def __init__(
+        self, dense: FrozenModel, sparse: SparseGPT, bridges: BridgeSet, config: CotrainConfig
+    ) -> None:
+        super().__init__()
+        self.sparse, self.bridges, self.config = sparse, bridges, config
+        object.__setattr__(self, "dense", dense)  # frozen: not in DDP, optimizer or checkpoint
+        steps, m, n = config.train.steps, config.sites_per_sequence, len(bridges.config.sites)
+        if config.hybrid_sites != "all" and m > n:
+            raise ValueError(
+                f"CotrainConfig.sites_per_sequence={m}, but {n} sites are bridged; draw {n} or "
+                'fewer, or take hybrid_sites="all"'
+            )
+        self.anneal = config.sparsity.anneal(steps)
+        check_budgets(self.budgets, config.sparsity.densities(steps, steps))
+
+    @property
+    def budgets(self) -> list[Budget]:
+        """The projected tensors, looked up anew: sharding replaces them."""
+        return budgets(self.sparse, self.config.sparsity)
+
+    def forward(
+        self, ids: Int[Tensor, "batch pos"], step: int, part: Part | None = None
+    ) -> dict[str, Tensor]:
+        """Return the weighted losses of one batch, or of a part of it, at an optimizer step."""
+        c, drawn, positions = self.config, None, None
+        world, rank = _world()
+        i, parts, whole = part or Part(0, 1, None)
+        # draws are those of the batch of all processes and parts; ours are some of its rows
+        mine, n = slice(i * len(ids), (i + 1) * len(ids)), world * parts * len(ids)
+        if c.hybrid_sites != "all":
+            sites, m = self.bridges.config.sites, c.sites_per_sequence
+            drawn = draw_sites(sites, n, step, c.train.seed, m)[rank::world][mine]
+        if c.hybrid_tokens < 1:
+            taken = draw_positions(n, ids.shape[1], c.hybrid_tokens, step, c.train.seed)
+            positions = taken[rank::world][mine]
+        with csr_products(self.sparse, WORTH_REBUILDING):
+            return losses(
+                self.dense,
+                self.sparse,
+                self.bridges,
+                ids,
+                c.weights,
+                drawn,
+                positions,
+                c.decoder_trains_trunk,
+                world,
+                whole,
+                c.nmse,
+            )
+
+    @torch.no_grad()
+    def of_whole(self, parts: Sequence[Int[Tensor, "part pos"]]) -> list[Part]:
+        """Return, for each part of this process's share of a batch, what it needs of the whole.
+
+        The errors of the bridges are ratios, whose denominators are of the whole batch: one pass
+        through either model, without gradient and without hybrids, before the first part's own.
+        """
+        world, n = _world()[0], len(parts)
+        if not self.config.weights.nmse:
+            return [Part(i, n, None) for i in range(n)]
+        config, seen = self.bridges.config, []
+        for ids in parts:
+            with csr_products(self.sparse, WORTH_REBUILDING):
+                z, h = self.sparse.residuals(ids), self.dense.residuals(ids)
+            bridged = [z[t] for t in config.sparse_sites] + [h[s] for s in config.sites]
+            seen.append(list(map(Moments.of, bridged)))
+        mine = [reduce(Moments.join, of_parts) for of_parts in zip(*seen, strict=True)]
+        whole = of_all_processes(mine, world)
+        return [Part(i, n, whole) for i in range(n)]
+
+    def groups(self) -> list[Group]:
+        """The twin by the sparse recipe, the bridges by plain Adam; normalised separately."""
+        c, steps = self.config, self.config.train.steps
+        twin = dict(self.sparse.named_parameters())
+        decayed = frozenset(n for n, p in twin.items() if p.ndim > 1 and n != "bigram")
+
+        def lr(t: int) -> float:
+            return c.lr * warmup_decay(t, steps, c.warmup) * self.anneal.lr_scale(t)
+
+        def bridge_lr(t: int) -> float:
+            return c.bridge_lr * warmup_decay(t, steps, c.warmup)
+
+        return [
+            Group(name="sparse", params=twin, lr=lr, weight_decay=c.weight_decay, decayed=decayed),
+            Group(
+                name="bridges",
+                params=dict(self.bridges.named_parameters()),
+                lr=bridge_lr,
+                betas=(0.9, 0.95),
+                eps=1e-8,
+                weight_decay=0.0,
+            ),
+        ]
+
+    def project(self, step: int) -> dict[str, float]:
+        """Project every budgeted tensor to the density of `step`; return the densities."""
+        c = self.config
+        # the last step reaches the target even where annealing ends with the run
+        t = c.train.steps if step + 1 == c.train.steps else step
+        matrices, embeddings = c.sparsity.densities(t, c.train.steps)
+        project_model_(self.budgets, (matrices, embeddings))
+        return {"density/matrices": matrices, "density/embeddings": embeddings}
+
+
+def cotrain(
+    dense: FrozenModel,
+    sparse: SparseGPT,
+    bridges: BridgeSet,
+    batches: BatchSource,
+    config: CotrainConfig,
+    validation: Sequence[Int[Tensor, "batch pos"]] = (),
+    accelerator: Accelerator | None = None,
+) -> None:
+    """Train `sparse` and `bridges` in place against the frozen `dense`.
+
+    Bridges take their centring and scale from the first batches unless a checkpoint in
+    `config.train.folder` is resumed. `validation` batches are scored at every evaluation, at all
+    sites. Raises ValueError where the models do not fit.
+    """
+    bridges.check(dense, sparse)
+    if not isinstance(validation, Sequence):
+        raise ValueError(
+            f"cotrain: validation is a {type(validation).__name__}, which may be spent after one "
+            "evaluation; pass a list of batches"
+        )
+    if dense.vocab_size != sparse.vocab_size:
+        raise ValueError(
+            f"the dense model has {dense.vocab_size} tokens and the sparse one "
+            f"{sparse.vocab_size}; both must share one tokenizer: set "
+            "SparseGPTConfig.vocab_size to the dense model's"
+        )
+    accelerator = accelerator_for(config.train, accelerator)
+    dense.model.to(accelerator.device)
+    module = Cotraining(dense, sparse, bridges, config).to(accelerator.device)
+    if config.calibration_tokens:
+        calibrate(dense, bridges, batches, config.calibration_tokens, accelerator.device)
+
+    def evaluate() -> dict[str, float]:
+        return validate(dense, sparse, bridges, validation, accelerator.device, accelerator)
+
+    identity = asdict(config) | {"dense": fingerprint(dense), "bridges": asdict(bridges.config)}
+    identity |= {"sparse": sparse.config.architecture()}
+    del identity["train"]  # `fit` adds these itself
+    with mode(sparse, training=True):
+        fit(
+            module,
+            batches,
+            config.train,
+            after_step=module.project,
+            evaluate=evaluate,
+            accelerator=accelerator,
+            identity=identity,
+        )
+    bridges.dense_fingerprint = fingerprint(dense)
+    bridges.sparse_fingerprint = fingerprint(sparse)
+
+
+def _world() -> tuple[int, int]:
+    """How many processes train together, and which of them this is."""
+    if not torch.distributed.is_initialized():
+        return 1, 0
+    return torch.distributed.get_world_size(), torch.distributed.get_rank()

@@ -1,0 +1,180 @@
+"""Hybrid passes: run one model up to a site, cross the bridge, run the other model from there.
+
+    dense to sparse at s:   KL( dense(ids) || sparse resumed at t from encode_s(h_s) )
+    sparse to dense at s:   KL( dense(ids) || dense resumed at s from decode_s(z_t) )
+
+Bridge s joins dense site s and sparse site t = pairs[s] (`BridgeConfig`), which is s where the
+models are equally deep. Both in nats per token (Gao et al. 2025, section 3.3, L_KL). The passes of
+all sites are one pass of a batch that grows: the rows of site s enter there and stay to the end
+(method.md 3.5 a and d). Here is what enters where, and what is left out at random without moving
+the mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from bridges.losses.chunked import Stream, StreamLoss, score_streams
+from bridges.maps.bridge import BridgeSet
+from bridges.protocol import ResidualModel
+from sparse.model.gpt import SparseGPT
+from sparse.ops.seeds import seed_of
+
+
+def _generator(*key: object) -> torch.Generator:
+    return torch.Generator().manual_seed(seed_of(*key, n_bytes=4))
+
+
+def draw_sites(
+    sites: tuple[int, ...], n_sequences: int, step: int, seed: int, m: int = 1
+) -> Int[Tensor, "batch draw"]:
+    """Draw `m` different sites for every sequence, each uniform over `sites`.
+
+    A pure function of (seed, step). Draw j of sequence b is sites[(u + m b + j) mod S] with u
+    uniform: every marginal is uniform, so the mean over all draws is an unbiased mean over sites,
+    and no site is drawn more than once oftener than another.
+    """
+    if not 1 <= m <= len(sites):
+        raise ValueError(f"draw_sites: {m} sites per sequence of {len(sites)}; draw 1 to all")
+    start = torch.randint(len(sites), (), generator=_generator(seed, step))
+    at = (start + torch.arange(n_sequences * m)) % len(sites)
+    return torch.tensor(sites)[at].view(n_sequences, m)
+
+
+def draw_positions(
+    n_sequences: int, n_pos: int, fraction: float, step: int, seed: int
+) -> Int[Tensor, "batch drawn"]:
+    """Draw round(fraction * n_pos) positions of every sequence, at least one, without repetition.
+
+    A pure function of (seed, step); ascending. Every position is equally likely, so the mean over
+    the drawn ones is an unbiased mean over all.
+    """
+    n = max(1, round(fraction * n_pos))
+    noise = torch.rand(n_sequences, n_pos, generator=_generator(seed, step, "positions"))
+    return noise.argsort(-1)[:, :n].sort(-1).values
+
+
+def drawn_first(positions: Int[Tensor, "batch drawn"], n_pos: int) -> Int[Tensor, " token"]:
+    """Return every token of the flattened batch once, those at `positions` before all others."""
+    taken = torch.zeros(len(positions), n_pos, dtype=torch.bool).scatter_(1, positions, True)
+    return (~taken).flatten().int().argsort(stable=True)
+
+
+class Crossing(NamedTuple):
+    """The residuals of a co-training step and where the hybrid passes ended."""
+
+    h: list[Float[Tensor, "batch pos d_dense"]]
+    """Of the dense model at every dense site, constants."""
+    z: list[Float[Tensor, "batch pos d_sparse"]]
+    """Of the sparse model at every sparse site."""
+    up: dict[int, Float[Tensor, "batch pos d_sparse"]]
+    """Encoded h, by the dense site of the bridge: up[s] stands for z[pairs[s]]."""
+    down: dict[int, Float[Tensor, "batch pos d_dense"]]
+    """Decoded z, by the dense site of the bridge: down[s] stands for h[s]."""
+    ends: (
+        tuple[Float[Tensor, "stream token d_sparse"], Float[Tensor, "stream token d_dense"]] | None
+    )
+    """Last residuals of the passes dense to sparse and sparse to dense; None if none were run. A
+    stream holds every sequence once: entered at one site, or at its draw j."""
+
+
+def run_passes(
+    dense: ResidualModel,
+    sparse: SparseGPT,
+    bridges: BridgeSet,
+    ids: Int[Tensor, "batch pos"],
+    drawn: Int[Tensor, "batch draw"] | None = None,
+    hybrid: bool = True,
+) -> Crossing:
+    """Run both models on `ids` and, if `hybrid`, on from every bridged site across the bridge.
+
+    With `drawn`, sequence b crosses at its own bridges drawn[b] only (dense sites). One pass
+    through the dense model without gradient; one through the sparse model, which the encoded rows
+    join; one through the dense model of the decoded rows.
+    """
+    pairs = bridges.config.pairs  # dense site to sparse site
+    with torch.no_grad():
+        h = dense.residuals(ids)
+    up = {s: bridges.encode(s, h[s]) for s in pairs}
+    if not hybrid:
+        z = sparse.residuals(ids)
+        return Crossing(h, z, up, {s: bridges.decode(s, z[t]) for s, t in pairs.items()}, None)
+    rows: dict[int, Any] = dict.fromkeys(pairs, slice(None))
+    if drawn is not None:
+        rows = {s: (drawn == s).nonzero()[:, 0].to(ids.device) for s in pairs}
+    entered = {s: ids[rows[s]] for s in pairs if drawn is None or len(rows[s])}
+    entries = {s: up[s][rows[s]] for s in pairs}
+    z, ended = sparse.residuals_and_joined(
+        ids,
+        {pairs[s]: entries[s] for s in entered},
+        {pairs[s]: own for s, own in entered.items()},
+    )
+    # sites that nobody entered stay, without rows: their bridge's gradient is 0 and not missing
+    to_sparse = entries | {s: ended[pairs[s]] for s in entered}
+    down = {s: bridges.decode(s, z[t]) for s, t in pairs.items()}
+    entries = {s: down[s][rows[s]] for s in pairs}
+    to_dense = entries | dense.joined({s: entries[s] for s in entered}, entered)
+    return Crossing(h, z, up, down, (as_streams(to_sparse, drawn), as_streams(to_dense, drawn)))
+
+
+def as_streams(
+    ends: Mapping[int, Float[Tensor, "_ pos d"]], drawn: Int[Tensor, "batch draw"] | None
+) -> Float[Tensor, "stream token d"]:
+    """Order what came out of joined passes by (stream, sequence, position)."""
+    sites = sorted(ends)
+    if drawn is None:
+        return torch.stack([ends[s].flatten(0, 1) for s in sites])
+    at = torch.cat([(drawn == s).nonzero() for s in sites])  # (sequence, draw) of every row
+    place = (at[:, 1] * len(drawn) + at[:, 0]).argsort()
+    rows = torch.cat([ends[s] for s in sites])
+    return rows[place.to(rows.device)].view(drawn.shape[1], -1, rows.shape[-1])
+
+
+def score_passes(
+    dense: ResidualModel,
+    sparse: SparseGPT,
+    crossing: Crossing,
+    ids: Int[Tensor, "batch pos"],
+    coefficients: tuple[float, float, float],
+    positions: Int[Tensor, "batch drawn"] | None = None,
+    with_dense: bool = False,
+) -> dict[str, StreamLoss]:
+    """Return what the sparse model ("main") and the hybrids ("up", "down") are worth in nats.
+
+    `coefficients` are those of cross entropy and KL of the sparse model and of the KL of each
+    direction; what has 0 is not computed. With `positions`, the hybrids' KLs are taken there only.
+    `with_dense` adds the dense model's own cross entropy ("dense").
+    """
+    ce, kl, hybrid = coefficients
+    n_seq, n_pos = ids.shape
+    labels = torch.cat([ids[:, 1:], ids.new_full((n_seq, 1), -1)], 1).flatten()
+    tokens, n = ids.flatten(), ids.numel()
+    order: Any = slice(None)
+    if positions is not None:
+        order, n = drawn_first(positions, n_pos).to(ids.device), positions.numel()
+    last, main = (x[-1].flatten(0, 1)[None, order] for x in (crossing.h, crossing.z))
+    streams: dict[str, Stream] = {}
+    if ce or kl:
+        streams["main"] = Stream(sparse.unembed, main, kl=kl, ce=ce)
+    if crossing.ends is not None:
+        for name, model, x in zip(("up", "down"), (sparse, dense), crossing.ends, strict=True):
+            x = x if positions is None else x[:, order[:n]]
+            streams[name] = Stream(model.unembed, x, kl=hybrid)
+    if with_dense:
+        streams["dense"] = Stream(dense.unembed, last, ce=1.0)
+    if not streams:
+        return {}
+    scored = score_streams(
+        Stream(dense.unembed, last),
+        list(streams.values()),
+        tokens[order],
+        labels[order],
+        dense.vocab_size,
+        list(sparse.parameters()),
+    )
+    return dict(zip(streams, scored, strict=True))

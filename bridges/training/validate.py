@@ -1,0 +1,83 @@
+"""The terms of the co-training loss on held-out text, unweighted, and the bridges' calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from accelerate import Accelerator
+from jaxtyping import Int
+from torch import Tensor
+
+from bridges.losses.moments import Moments
+from bridges.losses.quantities import nmse
+from bridges.maps.bridge import BridgeSet
+from bridges.protocol import ResidualModel
+from sparse.model.gpt import SparseGPT
+from sparse.model.modes import mode
+from sparse.ops.csr_linear import csr_products
+from sparse.training.config import BatchSource
+
+from .hybrid import run_passes, score_passes
+
+
+@torch.no_grad()
+def calibrate(
+    dense: ResidualModel, bridges: BridgeSet, batches: BatchSource, n_tokens: int, device
+) -> None:
+    """Set the bridges' centring and scale from the run's first `n_tokens` tokens."""
+    state, stream = batches.state_dict(), iter(batches)
+    moments: list[Moments] = []
+    while not moments or moments[0].n < n_tokens:
+        of_batch = [Moments.of(h) for h in dense.residuals(next(stream).to(device))]
+        moments = list(map(Moments.join, moments, of_batch)) if moments else of_batch
+    batches.load_state_dict(state)
+    bridges.centre(moments)
+
+
+@torch.no_grad()
+def validate(
+    dense: ResidualModel,
+    sparse: SparseGPT,
+    bridges: BridgeSet,
+    validation: Sequence[Int[Tensor, "batch pos"]],
+    device: torch.device | str = "cpu",
+    accelerator: Accelerator | None = None,
+) -> dict[str, float]:
+    """Return the unweighted terms over `validation`, at all bridges, and for each where it has one.
+
+    Keys: ce, ce_dense, kl (nats per token); encode.s, decode.s (fraction of variance, NMSE);
+    up.s, down.s (nats per token), s the bridge's dense site, and the means of the four over sites.
+    With an accelerator its processes share the batches; all of them return the same numbers.
+    """
+    world, rank = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)
+    n, sums = len(validation), {}
+    # a process that has no share measures a batch for the names alone
+    for i in range(rank, n, world) if rank < n else range(min(n, 1)):
+        with mode(sparse, training=False), csr_products(sparse):
+            measured = _measure(dense, sparse, bridges, validation[i].to(device))
+        for name, value in measured.items():
+            sums[name] = sums.get(name, 0.0) + value.item() * (rank < n)
+    if accelerator and sums:
+        mine = torch.tensor(list(sums.values()), dtype=torch.float64, device=device)
+        total = accelerator.reduce(mine, "sum").tolist()  # pyright: ignore[reportAttributeAccessIssue]
+        sums = dict(zip(sums, total, strict=True))
+    return {name: value / n for name, value in sums.items()}
+
+
+def _measure(
+    dense: ResidualModel, sparse: SparseGPT, bridges: BridgeSet, ids: Tensor
+) -> dict[str, Tensor]:
+    run, pairs = run_passes(dense, sparse, bridges, ids), bridges.config.pairs
+    scored = score_passes(dense, sparse, run, ids, (1.0, 1.0, 1.0), with_dense=True)
+    out = {"ce": scored["main"].ce, "ce_dense": scored["dense"].ce, "kl": scored["main"].kl}
+    per_site = {
+        "encode": [nmse(run.up[s], run.z[t]) for s, t in pairs.items()],
+        "decode": [nmse(run.down[s], run.h[s]) for s in pairs],
+        "up": list(scored["up"].per_stream),
+        "down": list(scored["down"].per_stream),
+    }
+    for name, values in per_site.items():
+        out[name] = torch.stack(values).mean()
+        out |= {f"{name}.{s}": value for s, value in zip(pairs, values, strict=True)}
+    return out

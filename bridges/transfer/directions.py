@@ -1,0 +1,99 @@
+"""Fixed dense directions of sparse nodes, and at which dense sites they belong.
+
+A node acts at sparse sites, an edit at a dense one, and only bridged sites have a decoder:
+
+    writes   at sparse site t     edited at the first bridge at or after t
+    reads    at sparse site t     edited at the bridge of t itself, taken out again after it
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bridges.maps.bridge import BridgeConfig, BridgeSet
+from dense import Edit
+from dense.edit import check_amount
+from sparse.circuits.graph import Node
+from sparse.model.gpt import SparseGPT
+
+from .stream_change import Chosen, reads_at, writes
+
+
+def node_edits(sparse: SparseGPT, bridges: BridgeSet, node: Node) -> list[Edit]:
+    """Return the edits that one unit of a node's value is; `DenseCircuit.edits` says which."""
+    location, i = node
+    site, gain = reads_at(sparse, location)
+    if location.endswith("act_in"):
+        unit = torch.zeros_like(gain)
+        unit[i] = 1 / gain[i]
+        return read_edits(bridges, site, unit, 1.0, prompt_only=False)
+    unit = writes(sparse, location, i)
+    at = written_at(bridges.config, site + 1)
+    return [Edit(site=at, direction=bridges.transport(at, unit))]
+
+
+def read_edits(
+    bridges: BridgeSet, site: int, dz: Tensor, strength: float | Tensor, prompt_only: bool = True
+) -> list[Edit]:
+    """Return edits by which only what answers the sublayer at sparse `site` sees `dz`.
+
+    The second takes out of the dense stream what the first put in.
+    """
+    check_amount(strength, "strength")
+    into, out = read_at(bridges.config, site)
+    direction = bridges.transport(into, dz)
+    given: dict[str, Any] = {"direction": direction, "prompt_only": prompt_only}
+    return [Edit(site=into, amount=strength, **given), Edit(site=out, amount=-strength, **given)]
+
+
+def written_at(config: BridgeConfig, site: int) -> int:
+    """Return the first bridged dense site whose sparse site is `site` or a later one.
+
+    The sparse stream carries a write along, so what was written at `site` is still there at a
+    later bridge, beside what the sublayers between made of it; at an earlier one it is not there
+    yet. Raises ValueError where no bridge is late enough.
+    """
+    later = [d for d, t in config.pairs.items() if t >= site]
+    if not later:
+        raise ValueError(
+            f"the node writes at sparse site {site}, after the last bridged one, "
+            f"{config.sparse_sites[-1]}; bridge a later site"
+        )
+    return later[0]
+
+
+def read_at(config: BridgeConfig, site: int) -> tuple[int, int]:
+    """Return between which dense sites the answer to the sublayer at sparse `site` stands.
+
+    From its bridge to where the map, drawn on linearly between bridges and to the last sites of
+    both models, puts sparse site `site + 1`; at least one dense sublayer. With equal depths and
+    the identity this is sublayer `site` alone. Raises ValueError where `site` is not bridged:
+    no other site is what the sublayer reads.
+    """
+    dense_site = {t: d for d, t in config.pairs.items()}
+    if site not in dense_site:
+        raise ValueError(
+            f"the node reads sparse site {site}, and site {site} is not bridged; the bridged sites "
+            f"of the sparse model are {list(config.sparse_sites)}: bridge it, or use steer or "
+            "ablate, whose differences are read at any later site"
+        )
+    into, last = dense_site[site], config.n_dense_sites - 1
+    if into == last:
+        raise ValueError(
+            f"sparse site {site} is bridged to dense site {into}, the last, which no dense "
+            "sublayer reads; bridge it to an earlier one"
+        )
+    ends = [*config.pairs.items(), (last, config.n_sparse_sites - 1)]
+    d, t = next((d, t) for d, t in ends if t > site)
+    return into, into + max(1, round((d - into) / (t - site)))
+
+
+def first_moved(chosen: Chosen, sparse: SparseGPT) -> int:
+    """Return the first sparse site at which moving the chosen nodes changes the stream.
+
+    1, after the first sublayer, where no node is chosen.
+    """
+    return min((reads_at(sparse, at)[0] + 1 for at in chosen), default=1)

@@ -1,0 +1,53 @@
+"""Carrying a circuit over to the dense model that its sparse model is bridged to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from bridges.maps.bridge import BridgeSet
+from bridges.run_folder import run_folder
+from dense import as_dense
+from sparse.circuits.circuit import Circuit
+from sparse.model.gpt import SparseGPT
+
+from .dense_circuit import DenseCircuit
+
+
+def map_circuit(
+    sparse_circuit: Circuit,
+    dense_model: Any,
+    bridges: BridgeSet | None = None,
+    *,
+    sparse_model: SparseGPT | None = None,
+) -> DenseCircuit:
+    """Carry a circuit over to a dense model.
+
+    `dense_model` is a DenseModel, a PreTrainedModel, an nnsight model or a name. Bridges and
+    sparse model default to those of the run the circuit was saved with. The site of interventions
+    is chosen on the task's validation split (see `DenseCircuit.choose_site`). Raises ValueError
+    where the parts do not belong together, by fingerprint.
+    """
+    dense = as_dense(dense_model)
+    if sparse_model is None:
+        opened: SparseGPT = SparseGPT.from_pretrained(run_folder(sparse_circuit, "sparse_model="))
+        sparse_model = opened.requires_grad_(False)
+    if bridges is None:
+        bridges = BridgeSet.load(_bridges_folder(sparse_circuit)).requires_grad_(False)
+    sparse_circuit.check(sparse_model)
+    bridges.check(dense, sparse_model)
+    sparse_model.to(dense.device)  # pyright: ignore
+    bridges.to(dense.device)
+    mapped = DenseCircuit(
+        circuit=sparse_circuit, sparse=sparse_model, bridges=bridges, dense=dense, site=None
+    )
+    return mapped.choose_site()
+
+
+def _bridges_folder(circuit: Circuit) -> Path:
+    folder = run_folder(circuit, "bridges=").resolve().parent / "bridges"
+    if not folder.is_dir():
+        raise ValueError(
+            f"no bridges beside the sparse model: {folder} is missing; pass bridges=, or restore it"
+        )
+    return folder

@@ -1,0 +1,315 @@
+"""Passes through a model in which some blocks are stand-ins, and rows that join on the way.
+
+Every pass is one forward of the family's own code. A stand-in for a block records the stream, hands
+it through, or runs the block on the rows that have entered so far:
+
+    rows of site s enter at site s,  h <- [h; h_s],  and stay to the end
+
+Such a pass asks the model for masks and the like for all its rows at once, and every block needs
+those of its first n rows. `BatchAxes` knows along which axis the model lays out the batch, from two
+passes with different numbers of rows in which no block runs.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .inputs import Inputs
+from .sites import Layout, family, probe_ids
+from .twin import answer, blank, first, forwarding, replaced, take_hidden
+
+Call = tuple[tuple, dict[str, Any]]
+"""The positional and keyword arguments of a block, without the hidden states."""
+_PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
+
+
+class StandIns:
+    """The passes of one model with known sites; `inputs` are the keyword arguments of its forward.
+
+    Site s is in block k = s // stride, at its entrance or, where s % stride is 1, inside it; the
+    last site is what the last block returns.
+    """
+
+    def __init__(self, model: Any, layout: Layout) -> None:
+        self.model, self.layout = model, layout
+        self.stride = 2 if layout.halves else 1
+        self.last = self.stride * len(layout.blocks)
+        self._keeps = "logits_to_keep" in inspect.signature(type(model).forward).parameters
+        self._passing = [forwarding(b, self._pass) for b in layout.blocks]
+        found = model.get_input_embeddings()
+        path = next(p for p, m in model.named_modules() if m is found)
+        halves = layout.halves or [(block,) for block in layout.blocks]
+        self._running: list[tuple[Any, ...]] = [tuple(parts) for parts in halves]
+        self._children = [dict(block._modules) for block in layout.blocks]
+        self._no_embedding: dict[str, nn.Module] = {path: blank(found)}
+
+    def read(self, inputs: dict[str, Any], every_position: bool) -> tuple[list[Tensor], Tensor]:
+        """Return the residual at every site and the logits, of the last position if that will do.
+
+        Without gradient.
+        """
+        stream: list[Tensor] = []
+        stand_ins = {k: self._recording(k, stream) for k in range(len(self.layout.blocks))}
+        with torch.no_grad():
+            return stream, self._forward(stand_ins, inputs, every_position)
+
+    def calls(self, inputs: dict[str, Any], embedded: bool = False) -> list[Call]:
+        """Return how the model calls every block; none is run, nor the embedding unless asked."""
+        seen: list[Call] = []
+
+        def note(*args: Any, **kwargs: Any) -> Any:
+            h, args, kwargs = take_hidden(args, kwargs)
+            seen.append((args, kwargs))
+            return answer(h, self.layout.arity)
+
+        stand_ins = {k: forwarding(b, note) for k, b in enumerate(self.layout.blocks)}
+        with torch.no_grad():
+            self._forward(stand_ins, inputs, False, {} if embedded else self._no_embedding)
+        return seen
+
+    def enter(
+        self,
+        entries: Sequence[tuple[int, Tensor]],
+        inputs: dict[str, Any],
+        every_position: bool,
+        axes: "BatchAxes | None" = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the residual at the last site and the logits of rows entering at their sites.
+
+        `entries` are (site, h) by rising site; the rows of `inputs` are theirs, in this order.
+        More than one entry needs `axes`. Nothing before the first site is computed.
+        """
+        waiting, rows = list(entries), sum(len(h) for _, h in entries)
+        k_first = min(entries[0][0] // self.stride, len(self.layout.blocks) - 1)
+        final: list[Tensor] = []
+
+        def join(h: Tensor | None, site: int) -> Tensor | None:
+            while waiting and waiting[0][0] == site:
+                new = waiting.pop(0)[1]
+                h = new if h is None else torch.cat((h, new))
+            return h
+
+        def run(k: int, part: Any, h: Tensor | None, call: Call) -> Any:
+            if h is None:
+                return None
+            if len(h) < rows:
+                assert axes is not None, "entries at several sites need the batch axes"
+                call = axes.narrow(k, call, len(h), rows)
+            return part(h, *call[0], **call[1])
+
+        def block(k: int, *args: Any, **kwargs: Any) -> Any:
+            h, args, kwargs = take_hidden(args, kwargs)
+            h, out = None if k == k_first else h, None
+            for i, part in enumerate(self._parts(k)):
+                h = join(h, self.stride * k + i)
+                out = run(k, part, h, (args, kwargs))
+                h = first(out)
+            if k == len(self.layout.blocks) - 1:
+                h = join(h, self.last)
+                final.append(h)  # pyright: ignore[reportArgumentType]
+                return answer(h, self.layout.arity)  # pyright: ignore[reportArgumentType]
+            return out
+
+        stand_ins: dict[int, nn.Module] = dict(enumerate(self._passing[:k_first]))
+        for k in range(k_first, len(self.layout.blocks)):
+            original = self.layout.blocks[k]
+            stand_ins[k] = forwarding(original, lambda *a, _k=k, **kw: block(_k, *a, **kw))
+        logits = self._forward(stand_ins, inputs, every_position, self._no_embedding)
+        return final[0], logits
+
+    def besides(self, inputs: dict[str, Any], others: dict[str, Any]) -> str:
+        """Return which arguments of the blocks, hidden states aside, differ with the tokens."""
+        a, b = (self.calls(x, embedded=True) for x in (inputs, others))
+        found = []
+        for k in range(len(a)):
+            was, now = dict(_leaves(a[k])), dict(_leaves(b[k]))
+            found += [
+                f"block {k} is also given {_name(path)}"
+                for path, x in was.items()
+                if isinstance(x, Tensor) and not torch.equal(x, now.get(path, x[:0]))
+            ]
+        return found[0] if found else ""
+
+    def _forward(
+        self,
+        stand_ins: dict[int, nn.Module],
+        inputs: dict[str, Any],
+        every_position: bool,
+        parts: dict[str, nn.Module] | None = None,
+    ) -> Tensor:
+        """Return the logits of the model with stand-ins for some blocks."""
+        inside = {f"{self.layout.path}.{k}": module for k, module in stand_ins.items()}
+        if not every_position and self._keeps:
+            inputs = inputs | {"logits_to_keep": 1}
+        return replaced(self.model, inside | (parts or {}))(**inputs).logits
+
+    def compile(self, **options: Any) -> None:
+        """Run blocks and halves through `torch.compile` from now on.
+
+        All first halves share one set of graphs, all second halves another: dynamo keeps a bounded
+        number of them for a function, and tells modules of one class apart by their children.
+        """
+        compiled = [torch.compile(f, **options) for f in (_first_part, _second_part)]
+        halves = self.layout.halves or [(block,) for block in self.layout.blocks]
+        self._running = [
+            tuple(partial(run, part) for run, part in zip(compiled, parts, strict=False))
+            for parts in halves
+        ]
+
+    def _parts(self, k: int) -> tuple[Any, ...]:
+        """Return what block `k` runs from site to site: its halves, or itself.
+
+        Raises ValueError if the block is no longer the one that was split.
+        """
+        block, name = self.layout.blocks[k], f"{self.layout.path}.{k} of {family(self.model)}"
+        if self.model.get_submodule(self.layout.path)[k] is not block:
+            raise ValueError(f"{name} was replaced; open the model again")
+        if self.layout.halves and block._modules != self._children[k]:
+            raise ValueError(f"children of {name} were replaced; open the model again")
+        if self.layout.halves and (block._forward_hooks or block._forward_pre_hooks):
+            raise ValueError(
+                f"{name} has hooks, which its halves would not run; remove them, or put hooks "
+                "on the modules of hookable()"
+            )
+        return self._running[k]
+
+    def _pass(self, *args: Any, **kwargs: Any) -> Any:
+        """Stand in for a block that is not run."""
+        return answer(take_hidden(args, kwargs)[0], self.layout.arity)
+
+    def _recording(self, k: int, stream: list[Tensor]) -> nn.Module:
+        """Return a stand-in for block `k` that appends to `stream` the residual at its sites."""
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            h, args, kwargs = take_hidden(args, kwargs)
+            out = None
+            for part in self._parts(k):
+                stream.append(h)
+                out = part(h, *args, **kwargs)
+                h = first(out)
+            if k == len(self.layout.blocks) - 1:
+                stream.append(h)
+            return out
+
+        return forwarding(self.layout.blocks[k], forward)
+
+
+def _first_part(part: nn.Module, h: Tensor, *args: Any, **kwargs: Any) -> Any:
+    return part(h, *args, **kwargs)
+
+
+def _second_part(part: nn.Module, h: Tensor, *args: Any, **kwargs: Any) -> Any:
+    return part(h, *args, **kwargs)
+
+
+class BatchAxes:
+    """Along which axis each argument of a block lays out the batch, and how many times.
+
+    An argument whose size along axis a is m times the number of rows is cut to its first m n
+    entries for n rows; all others are the same for any number of rows. One such table serves
+    calls with an attention mask, another those without.
+    """
+
+    def __init__(self) -> None:
+        self._axis: dict[tuple, tuple[int, int] | None] = {}
+
+    def learn(self, many: list[Call], few: list[Call], n_many: int, n_few: int) -> str | None:
+        """Learn from the calls of `n_many` rows and those of the first `n_few` of them.
+
+        Returns None, or why such calls cannot be cut: an argument that for fewer rows is not
+        a cut of the same for more.
+        """
+        for k, (a, b) in enumerate(zip(many, few, strict=True)):
+            was, now = dict(_leaves(a)), dict(_leaves(b))
+            for path in sorted(was.keys() | now.keys(), key=str):
+                name = f"{_name(path)} of block {k}"
+                if path not in was or path not in now:
+                    return f"{name} is there for some numbers of rows alone"
+                axis = _axis(was[path], now[path], n_many, n_few)
+                if isinstance(axis, str):
+                    return f"{name} {axis}"
+                self._axis[k, *path] = axis
+        return None
+
+    def narrow(self, k: int, call: Call, n: int, rows: int) -> Call:
+        """Return the arguments of block `k` for the first `n` of `rows` rows."""
+
+        def cut(path: tuple, x: Any) -> Any:
+            if not isinstance(x, Tensor):
+                return x
+            if (k, *path) not in self._axis:
+                raise ValueError(
+                    f"block {k} is given {_name(path)} of shape {tuple(x.shape)}, which it was not "
+                    "given when this model was opened, so its batch axis is unknown; resume the "
+                    "sites one at a time"
+                )
+            if (found := self._axis[k, *path]) is None or x.shape[found[0]] == found[1]:
+                return x
+            axis, times = found
+            assert x.shape[axis] == times * rows, (k, path, x.shape, found, rows)
+            return x.narrow(axis, 0, times * n)
+
+        return _map(cut, call)
+
+
+def learn_axes(stand_ins: StandIns, inputs: Inputs) -> tuple[dict[bool, BatchAxes], str | None]:
+    """Return the batch axes of unmasked and masked calls, and why calls cannot be cut, if so."""
+    ids = probe_ids(stand_ins.model)
+    ids = torch.cat((ids, ids.flip(0)))[:3]
+    mask = torch.ones_like(ids)
+    mask[:, -1] = mask[0, -2] = 0
+    learned = {padded: BatchAxes() for padded in ((False, True) if inputs.takes_mask else (False,))}
+    for padded, axes in learned.items():
+        many, few = (
+            stand_ins.calls(inputs(ids[:n], mask[:n]) if padded else inputs(ids[:n]))
+            for n in (3, 2)
+        )
+        if why := axes.learn(many, few, 3, 2):
+            return learned, why
+    return learned, None
+
+
+def _axis(many: Any, few: Any, n_many: int, n_few: int) -> tuple[int, int] | str | None:
+    """Return (axis, multiplicity), None for what rows share, or why it is neither."""
+    if not isinstance(many, Tensor) or not isinstance(few, Tensor):
+        same = many is few or (isinstance(many, _PLAIN) and type(many) is type(few))
+        if same and (many is few or many == few):
+            return None
+        return f"({type(many).__name__}) is no tensor and differs with the rows"
+    if many.shape == few.shape:
+        return None if torch.equal(many, few) else "differs with the rows but has no axis for them"
+    axes = [i for i, (a, b) in enumerate(zip(many.shape, few.shape, strict=False)) if a != b]
+    if many.ndim == few.ndim and len(axes) == 1:
+        m, rest = divmod(many.shape[axes[0]], n_many)
+        small = many.narrow(axes[0], 0, m * n_few)
+        if not rest and small.shape == few.shape and torch.equal(small, few):
+            return axes[0], m
+    return f"of shape {tuple(few.shape)} for {n_few} rows is no part of {tuple(many.shape)}"
+
+
+def _name(path: tuple) -> str:
+    """Return how a reader of the block's code finds the argument."""
+    return repr(path[1]) if path[0] == 1 else f"positional argument {path[1] + 1}"
+
+
+def _leaves(tree: Any, path: tuple = ()) -> Iterator[tuple[tuple, Any]]:
+    """Yield (path, value) of everything in nested tuples, lists and dicts."""
+    if isinstance(tree, (tuple, list, dict)):
+        items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+        for key, value in items:
+            yield from _leaves(value, (*path, key))
+    else:
+        yield path, tree
+
+
+def _map(f: Callable[[tuple, Any], Any], tree: Any, path: tuple = ()) -> Any:
+    """Return nested tuples, lists and dicts with `f(path, value)` in the place of each value."""
+    if isinstance(tree, dict):
+        return {key: _map(f, value, (*path, key)) for key, value in tree.items()}
+    if isinstance(tree, (tuple, list)):
+        return type(tree)([_map(f, value, (*path, key)) for key, value in enumerate(tree)])
+    return f(path, tree)

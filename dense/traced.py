@@ -1,0 +1,229 @@
+"""Edits of the residual stream, applied by nnsight to the hookable twin.
+
+    h_s <- h_s + sum of what the edits of site s add        at every pass over the model
+
+A trace is one pass, a generation one for the prompt and one for every new token; `delta.py` says
+what an edit means at each. This is the only file that imports nnsight, and it does so when it is
+asked to trace.
+"""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor, nn
+
+from .edit import Edit, Edits, LiveEdit, check_edits
+from .model import DenseModel
+
+
+def run_edited(
+    dense: DenseModel,
+    ids: Int[Tensor, "batch pos"],
+    edits: Edits,
+    attention_mask: Shaped[Tensor, "batch pos"] | None = None,
+) -> Float[Tensor, "batch pos vocab"]:
+    """Return the logits of `dense` with `edits` applied, through nnsight.
+
+    Edits at one site add up; those at different sites act in depth order, each on the stream that
+    the earlier ones have changed. No edits, or edits of amount 0, give the plain model's logits
+    bit for bit. Gradients flow to directions and amounts. Raises ValueError for an edit that does
+    not fit the model.
+    """
+    check_edits(dense, edits)
+    inputs = dense.inputs(ids, attention_mask)
+    traced = _shared(dense)
+    with traced.trace(**inputs):
+        apply_edits(traced, dense, edits, attention_mask=attention_mask, ids=ids)
+        logits = traced.output.logits.save()
+    return logits
+
+
+def generate_edited(
+    dense: DenseModel,
+    ids: Int[Tensor, "batch pos"],
+    edits: Edits,
+    attention_mask: Shaped[Tensor, "batch pos"] | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Return prompts and what `dense` with `edits` at every step adds to them, Int[batch longer].
+
+    `kwargs` go to Hugging Face's `generate` (max_new_tokens, do_sample, use_cache and so on), and
+    its answer is returned: something else than ids if they ask for it. With
+    or without a cache the edits mean the same. Which edits act on generated positions `delta.py`
+    says; a LiveEdit does. Without gradient. Raises ValueError for an edit that does not
+    fit, and for live edits under beam search, which swaps rows between steps.
+    """
+    dense.inputs(ids, attention_mask)  # refuses what the model cannot take
+    if attention_mask is None and "attention_mask" in _parameters(dense.model):
+        attention_mask = torch.ones_like(ids)
+    if attention_mask is not None:
+        kwargs["attention_mask"] = attention_mask
+    config = kwargs.get("generation_config") or dense.model.generation_config
+    beams = kwargs.get("num_beams") or config.num_beams or 1
+    if beams > 1 and any(isinstance(edit, LiveEdit) for edit in edits):
+        raise ValueError(
+            f"num_beams={beams}: a live edit follows the tokens of each row, and beam search swaps "
+            "rows between steps; generate greedily or by sampling"
+        )
+    with editing(_shared(dense), dense, edits) as edited:
+        return edited.trace(input_ids=ids, fn="generate", trace=False, **kwargs)
+
+
+_TRACED: WeakKeyDictionary[DenseModel, Any] = WeakKeyDictionary()
+
+
+def _shared(dense: DenseModel) -> Any:
+    """The library's own wrapper of a twin of `dense`, made once."""
+    if dense not in _TRACED:
+        _TRACED[dense] = _wrap(dense.hookable())
+    return _TRACED[dense]
+
+
+def apply_edits(
+    traced: Any,
+    dense: DenseModel,
+    edits: Edits,
+    *,
+    attention_mask: Shaped[Tensor, "rows own"] | None = None,
+    step: int = 0,
+    ids: Int[Tensor, "batch pos"] | None = None,
+) -> None:
+    """Apply `edits` inside a trace of `traced`, a wrapper from `trace_model(dense)`.
+
+        with traced.trace(**dense.inputs(ids)):
+            apply_edits(traced, dense, edits)
+            h = traced.get(dense.site_path(4)).output.save()
+
+    nnsight wants modules in the order in which they run: read earlier sites before this call and
+    later ones after it. A module that was edited reads as edited.
+
+    Where prompts are padded, `attention_mask` says which tokens are real. In one of several
+    invokes, which nnsight pads on the left to one length, it is the mask of the invoke's own prompt
+    (ones); an edit with a direction for each position needs none, it belongs to the last columns.
+    In a generation, apply the edits at every step and say which:
+
+        with traced.generate(prompt, max_new_tokens=n) as tracer:
+            for step in tracer.iter[:n]:
+                apply_edits(traced, dense, edits, step=step)
+
+    `ids` are the tokens so far, for live edits; `editing` keeps count of all this by itself. Raises
+    ValueError for edits, or a wrapper, that do not fit.
+    """
+    check_edits(dense, edits)
+    _check_traced(traced, dense)
+    for site in sorted({edit.site for edit in edits}):
+        module = traced.get(dense.site_path(site))
+        h = module.output
+        deltas = []
+        for edit in (edit for edit in edits if edit.site == site):
+            if isinstance(edit, LiveEdit):
+                deltas.append(edit.delta(h, ids, attention_mask))
+            else:
+                mask = _own_columns(traced, edit, h) if attention_mask is None else attention_mask
+                deltas.append(edit.delta(h, mask, step))
+        module.output = h + sum(deltas)
+
+
+def _own_columns(traced: Any, edit: Edit, h: Tensor) -> Tensor | None:
+    """The mask of an edit in one of several invokes, which nnsight padded on the left."""
+    batcher = traced.interleaver.batcher
+    if batcher is None or not batcher.batching:
+        return None
+    if (length := edit.length()) > 1:
+        return h.new_ones(1, min(length, h.shape[1]))
+    wanted = edit.position if isinstance(edit.position, tuple) else (edit.position,)
+    if any(p is not None and p >= 0 for p in wanted):
+        raise ValueError(
+            f"Edit at site {edit.site}: several invokes are padded to one length, so it is unclear "
+            f"where position {edit.position} is; pass attention_mask= of this invoke's own prompt, "
+            "or count from its end (-1, -2, ...)"
+        )
+    return None
+
+
+@contextmanager
+def editing(traced: Any, dense: DenseModel, edits: Edits) -> Iterator[Any]:
+    """Yield a copy of `traced` on which every trace and generation has the edits, at every step.
+
+        with editing(traced, dense, edits) as edited:
+            with edited.trace(prompt):
+                logits = edited.output.logits.save()
+            ids = edited.generate(prompt, max_new_tokens=20)
+
+    `traced` is a wrapper from `trace_model(dense)` and stays as it is. Padding is read from the
+    model's own attention_mask. The rows of the edits are those of the whole pass, over all invokes.
+    What your own trace reads is edited already. Afterwards the copy is plain again.
+    """
+    check_edits(dense, edits)
+    _check_traced(traced, dense)
+    with traced.edit() as (tracer, edited):
+        _at_every_pass(tracer, edited, dense, edits)
+    try:
+        yield edited
+    finally:
+        edited.clear_edits()
+
+
+def _at_every_pass(tracer: Any, traced: Any, dense: DenseModel, edits: Edits) -> None:
+    """Apply `edits` at every pass of a run, keeping count of tokens and padding."""
+    from nnsight.intervention.interleaver import OutOfOrderError
+
+    so_far, mask, step = None, None, 0
+    try:
+        for step in tracer.iter[:]:
+            args, kwargs = traced.inputs
+            ids = args[0] if args else kwargs.get("input_ids")
+            if not step:
+                so_far, mask = ids, kwargs.get("attention_mask")
+            elif so_far is not None and ids is not None:
+                so_far = torch.cat((so_far, ids), -1) if ids.shape[1] == 1 else ids
+            apply_edits(traced, dense, edits, attention_mask=mask, step=step, ids=so_far)
+    except OutOfOrderError:
+        if not step:  # later it is how nnsight ends a loop: the run has no further pass
+            raise
+
+
+def trace_model(dense: DenseModel) -> Any:
+    """Return an nnsight wrapper of a fresh hookable twin of `dense`.
+
+    With a tokenizer it takes text and generates (`nnsight.TransformersModel`), otherwise it takes
+    ids (`nnsight.NNsight`; generate by `traced.trace(input_ids=ids, fn="generate")`). The original
+    model is not touched. Use it in one thread at a time.
+    """
+    return _wrap(dense.hookable(), dense.tokenizer)
+
+
+def _check_traced(traced: Any, dense: DenseModel) -> None:
+    """Raise ValueError unless `traced` wraps a hookable twin of `dense`."""
+    inside = getattr(traced, "_module", None)
+    if not isinstance(inside, nn.Module):
+        raise ValueError(
+            f"{type(traced).__name__} is no nnsight wrapper; make one with trace_model(dense)"
+        )
+    original = inside.__dict__.get("original")
+    if original is None:
+        raise ValueError(
+            "this wrapper is of the plain model, which has no module at its residual sites; use "
+            "trace_model(dense), or wrap dense.hookable()"
+        )
+    if original is not dense.model:
+        raise ValueError(
+            f"this wrapper is of another model than {dense.name}; use its own, trace_model(dense)"
+        )
+
+
+def _parameters(model: nn.Module) -> set[str]:
+    return set(inspect.signature(type(model).forward).parameters)
+
+
+def _wrap(module: nn.Module, tokenizer: Any = None) -> Any:
+    import nnsight
+
+    if tokenizer is None:
+        return nnsight.NNsight(module)
+    return nnsight.TransformersModel(module, tokenizer=tokenizer, task="text-generation")

@@ -1,0 +1,218 @@
+"""What a circuit is worth in the sparse model, on held-out pairs, beside circuits drawn at random.
+
+    sufficiency  task loss when everything outside the circuit is ablated       nats, lower
+    necessity    task loss when the circuit alone is ablated                    nats, higher
+    fidelity     KL(full || circuit) at the scored position, whole vocabulary   nats, lower
+
+Every mean is over pairs, the independent unit; both contexts of a pair count half.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm import tqdm
+
+from bridges.losses.quantities import kl_nats
+from evals.scores.paired import counted, paired, per_pair
+from evals.scores.score import Score
+from sparse.circuits.circuit import Circuit
+from sparse.circuits.graph import Node
+from sparse.circuits.mask import masked
+from sparse.circuits.means import load_means
+from sparse.circuits.pruning.config import PruneConfig
+from sparse.circuits.pruning.learn import learn
+from sparse.circuits.score import last_logits
+from sparse.model.gpt import SparseGPT
+from sparse.tasks.batch import TaskBatch, task_nats
+
+RANDOM = "random circuits of equal size"
+OTHERS = "random sets of equally many other nodes"
+Masks = Mapping[str, Tensor]
+
+
+@torch.no_grad()
+def evaluate_circuit(
+    model: SparseGPT,
+    circuit: Circuit,
+    tokenizer: Any,
+    *,
+    nonsense: Circuit | None = None,
+    equal_size: Circuit | None = None,
+    means: Mapping[str, Tensor] | None = None,
+    draws: int = 20,
+    split: str = "test",
+    seed: int = 0,
+    progress: bool = False,
+) -> list[Score]:
+    """Score `circuit` on a split of its task, beside `draws` random circuits of equal size.
+
+    `nonsense` is what `prune` found for the nonsense twin of the task, the control of the size;
+    `equal_size` its circuit of as many nodes (`nonsense_at_size`; one row if both are of one size):
+    a low loss there too means the method is over-expressive. `means` serve a second row where the
+    ablation is zero (default: its source folder's, or no row). ValueError for another's circuit.
+    """
+    circuit.check(model)
+    batch = circuit.task.batch(tokenizer, split).to(next(model.parameters()).device)
+    drawn = [circuit.random(model, seed + i) for i in range(draws)]
+    apart = [circuit.random(model, seed + i, outside=True) for i in range(draws)]
+    bar = tqdm(total=4 * (draws + 1), desc="circuit", disable=not progress, leave=False)
+    full = last_logits(model, batch)
+
+    def logits(keep: Masks, ablation: Masks) -> Float[Tensor, "prompt vocab"]:
+        bar.update()
+        with masked(model, keep, ablation):
+            return last_logits(model, batch)
+
+    def sufficient(c: Circuit, ablation: Masks) -> Float[Tensor, " pair"]:
+        return per_pair(task_nats(logits(c.masks(), ablation), batch))
+
+    def necessary(c: Circuit) -> Float[Tensor, " pair"]:
+        rest = {at: ~mask for at, mask in c.masks().items()}
+        return per_pair(task_nats(logits(rest, circuit.ablation), batch))
+
+    def fidelity(c: Circuit) -> Float[Tensor, " pair"]:
+        return per_pair(kl_nats(full, logits(c.masks(), circuit.ablation)))
+
+    def row(name: str, measure: Any, controls: list[Circuit], **more: Any) -> Score:
+        control = torch.stack([measure(c) for c in controls])
+        given = {"unit": "nats", "better": "lower", "control_name": RANDOM, "seed": seed}
+        return paired(name, measure(circuit), control, **{**given, **more})
+
+    nothing = circuit.with_nodes([], "none")
+    detail = _context(circuit, batch, full, sufficient(nothing, circuit.ablation))
+    rows = [
+        row(f"sufficiency, {kind} ablation", partial(sufficient, ablation=a), drawn, detail=detail)
+        for kind, a in _ablations(circuit, means).items()
+    ]
+    more = {"better": "higher", "control_name": OTHERS}
+    rows.append(row("necessity", necessary, apart, detail=detail, **more))
+    rows.append(row("KL(full || circuit)", fidelity, drawn, detail=detail))
+    bar.close()
+    rows += _sizes(model, circuit, drawn, nonsense)
+    twins = reversed({len(t): t for t in (nonsense, equal_size) if t is not None}.values())
+    return rows + [_nonsense(model, circuit, twin, tokenizer, batch, seed) for twin in twins]
+
+
+def nonsense_at_size(
+    model: SparseGPT, circuit: Circuit, tokenizer: Any, nonsense: Circuit | None = None
+) -> Circuit:
+    """Return the nonsense twin's best nodes at this circuit's size, its masks learned alike.
+
+    As many as the circuit had before its clean-up, so the twin has at least as many nodes. The
+    ranking is that of `nonsense`, what `prune` found for the twin, if its masks were learned alike;
+    otherwise it is learned here.
+    """
+    config, twin = _config(circuit), circuit.task.nonsense()
+    k = max(len(circuit), circuit.config.get("k_before_clean_up", 0))
+    if nonsense is not None and nonsense.ranking and nonsense.task == twin:
+        same = nonsense.model_fingerprint == circuit.model_fingerprint
+        if same and _config(nonsense) == config:
+            return nonsense.resized(k)
+    batch = twin.batch(tokenizer, "train").to(next(model.parameters()).device)
+    everything = [Node(at, i) for at, x in circuit.ablation.items() for i in range(len(x))]
+    tau = learn(model.eval(), batch, config, circuit.ablation)
+    best = tau.argsort(descending=True, stable=True)[:k].tolist()
+    return replace(circuit.with_nodes([everything[i] for i in best], "nonsense"), task=twin)
+
+
+def _config(circuit: Circuit) -> PruneConfig:
+    known = PruneConfig.__dataclass_fields__
+    return PruneConfig.from_dict({k: v for k, v in circuit.config.items() if k in known})
+
+
+def _context(circuit: Circuit, batch: TaskBatch, full: Tensor, empty: Tensor) -> dict[str, Any]:
+    return {
+        "split": batch.split,
+        "pairs": batch.n_pairs,
+        "full model": float(task_nats(full, batch).mean()),
+        "everything ablated": float(empty.mean()),
+        "target loss": circuit.target_loss,
+        "targets": [list(pair) for pair in batch.targets],
+        "dropped pairs": batch.dropped,
+    }
+
+
+def _ablations(circuit: Circuit, means: Masks | None) -> dict[str, Masks]:
+    """Return the values the circuit was found with, then those of the other kind if known."""
+    own: dict[str, Masks] = {circuit.ablation_kind: circuit.ablation}
+    if circuit.ablation_kind == "mean":
+        return own | {"zero": {at: torch.zeros_like(x) for at, x in circuit.ablation.items()}}
+    if means is None and circuit.source is not None:
+        means = load_means(circuit.source.folder, circuit.model_fingerprint)
+    return own if means is None else own | {"mean": means}
+
+
+def _sizes(
+    model: SparseGPT, circuit: Circuit, drawn: list[Circuit], nonsense: Circuit | None
+) -> list[Score]:
+    """Score the two sizes: nodes beside the nonsense twin's, edges beside random circuits'."""
+    whole = {"of the whole model": circuit.n_total}
+    if nonsense is None:
+        draws, name = (circuit.n_total,), "the whole model"
+    else:
+        draws, name = (len(nonsense),), "the nonsense twin"
+    nodes = counted(
+        "nodes", len(circuit), draws, unit="nodes", control_name=name, better="lower", detail=whole
+    )
+    edges = counted(
+        "edges among its nodes",
+        len(circuit.edges(model)),
+        tuple(len(c.edges(model)) for c in drawn),
+        unit="edges",
+        control_name=RANDOM,
+        better="higher",
+        detail={"meaning": "more edges than chance: its nodes are wired to each other"},
+    )
+    return [nodes, edges]
+
+
+def _nonsense(
+    model: SparseGPT, circuit: Circuit, twin: Circuit, tokenizer: Any, batch: TaskBatch, seed: int
+) -> Score:
+    """Score the circuit's loss beside the loss its nonsense twin reaches on the nonsense task.
+
+    On the pairs that the tokenizer leaves in both tasks.
+    """
+    twin.check(model)
+    other = twin.task.batch(tokenizer, batch.split).to(batch.ids.device)
+    place = {key: i for i, key in enumerate(_keys(other))}
+    both = [(i, place[key]) for i, key in enumerate(_keys(batch)) if key in place]
+    if len(both) < 2:
+        raise ValueError(
+            f"evaluate_circuit: {circuit.task.name} and {twin.task.name} share {len(both)} pairs "
+            f"of the {batch.split} split; pass the circuit of this task's own nonsense twin"
+        )
+    mine, theirs = torch.tensor(both, device=batch.ids.device).T
+    losses = []
+    for c, b, rows in ((circuit, batch, mine), (twin, other, theirs)):
+        with masked(model, c.masks(), c.ablation):
+            scored = last_logits(model, b)
+        losses.append(per_pair(task_nats(scored, b))[rows])
+    full = task_nats(last_logits(model, other), other)
+    return paired(
+        f"nonsense twin ({len(twin)} nodes, the circuit {len(circuit)})",
+        losses[0],
+        losses[1][None],
+        unit="nats",
+        control_name=f"the nonsense twin's circuit of {len(twin)} nodes",
+        better="lower",
+        detail={"full model on the nonsense task": float(full.mean())},
+        seed=seed,
+    )
+
+
+def _keys(batch: TaskBatch) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Return the tokens of the two contexts of every pair."""
+    tokens = [
+        tuple(ids[: last + 1])
+        for ids, last in zip(batch.ids.tolist(), batch.last.tolist(), strict=True)
+    ]
+    n = batch.n_pairs
+    return list(zip(tokens[:n], tokens[n:], strict=True))

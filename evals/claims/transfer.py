@@ -1,0 +1,285 @@
+"""Does a sparse circuit move the dense model, and more than chance would?
+
+    delta        what the circuit's intervention adds to the dense stream at one site (5.3)
+    steer        P(target of the other context), two-token softmax, at h + strength * delta
+    ablate       task nats of the dense model at h + delta of ablating the circuit's nodes
+    directions   at every token, a direction drawn at random of the length of delta there
+    rotations    delta turned by one random rotation: same lengths, same structure, other directions
+
+Both are equal in size to the claim and empty of content; the second is the harder to beat. Means
+are over pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from evals.scores.controls import random_like, rotated
+from evals.scores.curve import Curve
+from evals.scores.paired import paired, per_pair
+from evals.scores.score import Score
+from sparse.tasks.task import Task
+
+from .trial import Trial
+
+DIRECTIONS = "random directions of equal norm"
+ROTATIONS = "random rotations of the same delta"
+CIRCUITS = "random circuits of equal size"
+NODES = "random sets of equally many other nodes"
+SHORT = {
+    DIRECTIONS: "directions",
+    ROTATIONS: "rotations",
+    CIRCUITS: "circuits",
+    NODES: "nodes",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Transfer:
+    """The rows and the effect curves of one circuit in one dense model."""
+
+    scores: list[Score]
+    curves: tuple[Curve, ...]
+
+
+def evaluate_transfer(
+    dense_circuit: Any, task: Task | None = None, tokenizer: Any = None, **options: Any
+) -> list[Score]:
+    """Score a mapped circuit in its dense model.
+
+    `options` are those of `measure_transfer`: draws=100 of directions and rotations, circuit_draws,
+    node_draws, strengths, max_pairs, seed, progress.
+    """
+    return measure_transfer(dense_circuit, task, tokenizer, **options).scores
+
+
+@torch.no_grad()
+def measure_transfer(
+    dense_circuit: Any,
+    task: Task | None = None,
+    tokenizer: Any = None,
+    *,
+    draws: int = 100,
+    circuit_draws: int = 10,
+    node_draws: int = 20,
+    curve_draws: int = 25,
+    strengths: Sequence[int | float] = (0.25, 0.5, 1, 2, 4, 8),
+    max_pairs: int = 64,
+    seed: int = 0,
+    progress: bool = False,
+) -> Transfer:
+    """Score steering and ablation on the test split, and return the effect curves beside them.
+
+    Rows of steering are at strength 1 and, when it is another, at the strength that moved the
+    validation split most. Each is beside `draws` random directions of equal per-token norm, as
+    many rotations, and `circuit_draws` random circuits of equal size; the full activation patch is
+    in the detail. At strengths without a row the curve has `curve_draws` of the first two. At most
+    `max_pairs` pairs of a split are used, the first ones. Task and tokenizer default to the
+    circuit's own. Raises ValueError where the fast engine (the delta added, the
+    model resumed) and `dense_circuit.steer` disagree.
+    """
+    job: Task = dense_circuit.circuit.task if task is None else task
+    tokenizer = tokenizer or dense_circuit.tokenizer
+    if 1 not in strengths or min(strengths) <= 0:
+        raise ValueError(
+            f"measure_transfer: strengths {tuple(strengths)} must be above 0 and hold 1, the "
+            "strength at which a circuit says what it says"
+        )
+    trial = Trial(dense_circuit, job, tokenizer, "test", max_pairs)
+    chosen = _best_strength(dense_circuit, job, tokenizer, strengths, max_pairs)
+    trial.check()
+    at = {float(s): draws if s in (1, chosen) else min(curve_draws, draws) for s in strengths}
+    total = 2 * sum(at.values()) + circuit_draws * len(at) + 2 * draws + node_draws
+    bar = tqdm(total=total, desc=f"dense {job.name}", disable=not progress, leave=False)
+    steering, curve = _steer_rows(trial, at, chosen, circuit_draws, seed, bar.update)
+    shape = _shape_rows(trial, draws, circuit_draws, seed)
+    ablation = _ablation_rows(trial, draws, node_draws, seed, bar.update)
+    bar.close()
+    return Transfer(scores=steering + shape + ablation, curves=(curve,))
+
+
+def _best_strength(
+    dense_circuit: Any, task: Task, tokenizer: Any, strengths: Sequence[int | float], max_pairs: int
+) -> float:
+    """Return the strength that moves the validation split most, 1 when there is no such split."""
+    if not task.validation:
+        return 1.0
+    trial = Trial(dense_circuit, task, tokenizer, "validation", max_pairs)
+    effects = [
+        float(trial.moved(y).mean()) for y in trial.many([s * trial.delta for s in strengths])
+    ]
+    return float(strengths[max(range(len(effects)), key=effects.__getitem__)])
+
+
+def _steer_rows(
+    trial: Trial,
+    draws_at: dict[float, int],
+    chosen: float,
+    circuit_draws: int,
+    seed: int,
+    tick: Callable[[], object],
+) -> tuple[list[Score], Curve]:
+    """Score steering at strength 1 and `chosen`; draw the curve over all strengths."""
+    untouched, patch = trial.logits(0 * trial.delta), trial.logits(trial.true)
+    others = [
+        trial.mapped.delta_steer(trial.ids, trial.counterfactual, nodes=list(circuit))
+        for circuit in trial.circuits(circuit_draws, seed)
+    ]
+    rows: list[Score] = []
+    lines: dict[str, list[Tensor]] = {"circuit": [], DIRECTIONS: [], ROTATIONS: [], CIRCUITS: []}
+    on_curve = min(draws_at.values())
+    for strength, draws in draws_at.items():
+        own = trial.logits(strength * trial.delta)
+        scaled, seeds = strength * trial.delta, range(seed, seed + draws)
+        controls = {
+            DIRECTIONS: _stack(trial, (random_like(scaled, i) for i in seeds), tick),
+            ROTATIONS: _stack(trial, (rotated(scaled, i) for i in seeds), tick),
+            CIRCUITS: _stack(trial, (strength * other for other in others), tick),
+        }
+        lines["circuit"].append(trial.moved(own).mean()[None])
+        for name, (moved, _) in controls.items():
+            lines[name].append(moved.mean(-1)[:on_curve])
+        if strength not in (1, chosen):
+            continue
+        word = "strength 1" if strength == 1 else f"strength {strength:g}, best on validation"
+        detail = {
+            "site": trial.site,
+            "untouched": float(trial.moved(untouched).mean()),
+            "full activation patch": float(trial.moved(patch).mean()),
+            "untouched logits": float(trial.margin(untouched).mean()),
+            "full activation patch logits": float(trial.margin(patch).mean()),
+            "best strength on validation": chosen,
+        }
+        given = {"better": "higher", "detail": detail, "seed": seed}
+        for name, (moved, margin) in controls.items():
+            against = SHORT[name]
+            p = {"unit": "probability", "control_name": name, **given}
+            rows.append(paired(f"steering, {word}, v. {against}", trial.moved(own), moved, **p))
+            if name == DIRECTIONS:
+                p["unit"] = "logits"
+                rows.append(paired(f"steering, {word}, logits", trial.margin(own), margin, **p))
+    return rows, _curve(trial, tuple(draws_at), lines, untouched, patch)
+
+
+def _stack(
+    trial: Trial, deltas: Iterator[Tensor], tick: Callable[[], object]
+) -> tuple[Float[Tensor, "draws pair"], Float[Tensor, "draws pair"]]:
+    """Return P of the other target and its logit margin for every delta."""
+    moved, margin = [], []
+    for y in trial.many(deltas):
+        moved.append(trial.moved(y))
+        margin.append(trial.margin(y))
+        tick()
+    return torch.stack(moved), torch.stack(margin)
+
+
+def _curve(
+    trial: Trial,
+    strengths: tuple[float, ...],
+    lines: dict[str, list[Tensor]],
+    untouched: Tensor,
+    patch: Tensor,
+) -> Curve:
+    """Return P against strength; at strength 0 every line is the untouched model."""
+    zero = float(trial.moved(untouched).mean())
+    drawn = {name: torch.stack(parts, dim=-1).tolist() for name, parts in lines.items()}
+    own = drawn.pop("circuit")[0]
+    return Curve(
+        name=f"{trial.batch.task}: steering the dense model",
+        x_label="strength",
+        y_label="P(target of the other context)",
+        x=(0.0, *strengths),
+        value=(zero, *own),
+        controls={name: tuple((zero, *draw) for draw in draws) for name, draws in drawn.items()},
+        references={
+            "full activation patch": (float(trial.moved(patch).mean()),) * (len(strengths) + 1)
+        },
+    )
+
+
+def _shape_rows(trial: Trial, draws: int, circuit_draws: int, seed: int) -> list[Score]:
+    """Score the direction and the length of delta against the true dense difference."""
+    real = trial.batch.real[..., None]
+    true = trial.true * real
+
+    def cosine(delta: Tensor) -> Tensor:
+        flat = ((delta * real).flatten(1), true.flatten(1))
+        return per_pair(F.cosine_similarity(*flat, dim=-1))
+
+    def length(delta: Tensor) -> Tensor:
+        whole = true.flatten(1).norm(dim=-1).clamp(min=1e-12)
+        return per_pair((delta * real).flatten(1).norm(dim=-1) / whole)
+
+    randoms = torch.stack([cosine(random_like(trial.delta, seed + i)) for i in range(draws)])
+    others = torch.stack(
+        [
+            length(trial.mapped.delta_steer(trial.ids, trial.counterfactual, nodes=list(circuit)))
+            for circuit in trial.circuits(circuit_draws, seed)
+        ]
+    )
+    given = {"better": "higher", "seed": seed, "detail": {"site": trial.site}}
+    return [
+        paired(
+            "cosine of delta with the true dense difference",
+            cosine(trial.delta),
+            randoms,
+            unit="cosine",
+            control_name=DIRECTIONS,
+            **given,
+        ),
+        paired(
+            "norm of delta over that of the true difference",
+            length(trial.delta),
+            others,
+            unit="ratio",
+            control_name=CIRCUITS,
+            **given,
+        ),
+    ]
+
+
+def _ablation_rows(
+    trial: Trial, draws: int, node_draws: int, seed: int, tick: Callable[[], object]
+) -> list[Score]:
+    """Score how much ablating the circuit's nodes hurts the dense model."""
+    delta = trial.mapped.delta_ablate(trial.ids)
+    own = trial.nats(trial.logits(delta))
+    nodes = (
+        trial.mapped.delta_ablate(trial.ids, nodes=list(circuit))
+        for circuit in trial.circuits(node_draws, seed, outside=True)
+    )
+    seeds = range(seed, seed + draws)
+    controls = {
+        NODES: nodes,
+        DIRECTIONS: (random_like(delta, i) for i in seeds),
+        ROTATIONS: (rotated(delta, i) for i in seeds),
+    }
+    untouched = float(trial.nats(trial.logits(0 * delta)).mean())
+    detail = {"site": trial.site, "untouched": untouched}
+    rows = []
+    for name, deltas in controls.items():
+        found = []
+        for y in trial.many(deltas):
+            found.append(trial.nats(y))
+            tick()
+        rows.append(
+            paired(
+                f"ablation, v. {SHORT[name]}",
+                own,
+                torch.stack(found),
+                unit="nats",
+                control_name=name,
+                better="higher",
+                detail=detail,
+                seed=seed,
+            )
+        )
+    return rows

@@ -1,0 +1,93 @@
+"""One split of a task in the dense model, stopped at a site so that many deltas share one start.
+
+    logits(delta) = resume(site, h + delta, ids)        at the scored positions
+
+Restarting at a site is exact, so this is what an edit through nnsight gives; `Trial.check` proves
+it on the model in hand before any control is drawn this way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from evals.scores.paired import per_pair
+from sparse.circuits.circuit import Circuit
+from sparse.tasks.batch import TaskBatch, logit_difference, task_nats
+from sparse.tasks.task import Task
+
+LOGITS_AT_ONCE = 2**26
+"""Entries of the logits of one forward; it sets how many draws share it."""
+TOLERANCE = 1e-3
+"""Largest difference in logits between `DenseCircuit.steer` and resuming at its site."""
+
+
+class Trial:
+    """One split of a task in the dense model, stopped at the site of the intervention."""
+
+    def __init__(
+        self, dense_circuit: Any, task: Task, tokenizer: Any, split: str, max_pairs: int
+    ) -> None:
+        batch = task.batch(tokenizer, split)
+        batch = batch.take(torch.arange(min(max_pairs, batch.n_pairs)))
+        self.mapped, self.dense = dense_circuit, dense_circuit.dense
+        self.batch: TaskBatch = batch.to(self.dense.device)
+        self.site: int = dense_circuit.site
+        self.ids = self.batch.ids
+        self.counterfactual = self.batch.counterfactual()
+        self.h = self.dense.residuals(self.ids)[self.site]
+        self.true = self.dense.residuals(self.counterfactual)[self.site] - self.h
+        self.delta: Tensor = dense_circuit.delta_steer(self.ids, self.counterfactual)
+
+    def logits(self, delta: Float[Tensor, "prompt pos d_dense"]) -> Tensor:
+        """Return the logits at the scored positions with `delta` added at the site."""
+        return next(self.many([delta]))
+
+    def many(self, deltas: Sequence[Tensor] | Iterator[Tensor]) -> Iterator[Tensor]:
+        """Yield `logits` for every delta, as many in one forward as memory allows."""
+        n, pos = self.ids.shape
+        together = max(1, LOGITS_AT_ONCE // (n * pos * self.dense.vocab_size))
+        waiting: list[Tensor] = []
+        for delta in deltas:
+            waiting.append(delta)
+            if len(waiting) == together:
+                yield from self._run(waiting)
+                waiting = []
+        if waiting:
+            yield from self._run(waiting)
+
+    def _run(self, deltas: list[Tensor]) -> list[Tensor]:
+        h = torch.cat([self.h + delta for delta in deltas])
+        out = self.dense.resume(self.site, h, self.ids.repeat(len(deltas), 1))
+        return [self.batch.scored(part) for part in out.chunk(len(deltas))]
+
+    def moved(self, logits: Tensor) -> Float[Tensor, " pair"]:
+        """P of the target of the other context, in the two-token softmax."""
+        return per_pair(torch.sigmoid(-logit_difference(logits, self.batch)))
+
+    def margin(self, logits: Tensor) -> Float[Tensor, " pair"]:
+        """Logit of that target minus logit of the presented context's own."""
+        return per_pair(-logit_difference(logits, self.batch))
+
+    def nats(self, logits: Tensor) -> Float[Tensor, " pair"]:
+        """Task loss."""
+        return per_pair(task_nats(logits, self.batch))
+
+    def circuits(self, draws: int, seed: int, outside: bool = False) -> Iterator[Circuit]:
+        """Yield random circuits of the size of this one."""
+        own, sparse = self.mapped.circuit, self.mapped.sparse
+        return (own.random(sparse, seed + i, outside=outside) for i in range(draws))
+
+    def check(self) -> None:
+        """Raise unless resuming at the site gives what the public, nnsight path gives."""
+        public = self.batch.scored(self.mapped.steer(self.ids, self.counterfactual))
+        if (gap := float((public - self.logits(self.delta)).abs().max())) > TOLERANCE:
+            raise ValueError(
+                f"evaluate_transfer: DenseCircuit.steer and resuming at site {self.site} differ by "
+                f"{gap:.2g} logits, at most {TOLERANCE} is rounding; the random controls would not "
+                "be comparable, so check the dense model's sites"
+            )

@@ -1,0 +1,255 @@
+"""A circuit as a module of its own, which runs in a small part of the model's time.
+
+    exact    the masked model, AbsTopK included: where AbsTopK acts every row is computed
+    sliced   AbsTopK is off and only kept rows are computed: the masked model itself wherever
+             k = width, and another function elsewhere
+
+The residual stream is held at the live channels, those that something reads or writes. Of the
+others only the norms need the sum of their squares, a table over tokens, since nothing but the
+embedding and constants ever reaches them:
+
+    |z|^2 = |z_live|^2 + |e_dead + c_dead|^2        e the embedding, c all constants written so far
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor, nn
+
+from sparse.model.config import LOCATIONS, RESIDUAL_TOPK, SparseGPTConfig
+from sparse.model.gpt import SparseGPT
+
+from .sublayers import Attend, Map, Place, Read, Think
+
+Mode = Literal["exact", "sliced"]
+Values = Mapping[str, Shaped[Tensor, " _"]]
+KNOWN = frozenset(  # the fields of which every meaning is computed here
+    "vocab_size hidden_size num_hidden_layers num_attention_heads head_dim intermediate_size "
+    "max_position_embeddings activation activation_fraction activation_locations attention_sinks "
+    "bigram_table rms_norm_eps layer_norm_eps linear_bias logits_bias tie_word_embeddings".split()
+)
+
+
+class CircuitModule(nn.Module):
+    """The model with the nodes that are not kept held at `ablation`, its weights cut and copied.
+
+    `keep` holds bools and may name some of the locations only, as in `masked`. `mode` "exact" is
+    the masked model up to rounding; "sliced" leaves AbsTopK out, so it is exact only where k is
+    the width. For inference. A field of the model's config that is not known here is a ValueError.
+    """
+
+    live: Tensor
+    dead: Tensor
+    shift: Tensor
+    squares: Tensor
+    gain: Tensor
+    bigram: Tensor | None
+
+    def __init__(
+        self, model: SparseGPT, keep: Values, ablation: Values, mode: Mode = "exact"
+    ) -> None:
+        super().__init__()
+        refuse_unknown(model.config, mode)
+        if other := sorted(keep.keys() - model.node_widths().keys()):
+            raise ValueError(f"CircuitModule: nodes of {other} are not supported; leave them out")
+        places = {at: _place(model, at, keep, ablation, mode) for at in model.node_widths()}
+        self.mode: Mode = mode
+        self.eps = model.config.rms_norm_eps
+        self.n_nodes = sum(int(p.kept.sum()) for p in places.values())
+        self.n_total = sum(len(p.kept) for p in places.values())
+        self.n_model = sum(int(p.count_nonzero()) for p in model.parameters())
+        like = model.lm_head.weight.detach()
+        steps, constants = [], []
+        live = torch.zeros(model.d_resid, dtype=torch.bool, device=like.device)
+        for layer, block in enumerate(model.model.blocks):
+            p = {at: places[f"{layer}.{at}"] for at in LOCATIONS}
+            attn = Attend(block.attn, p, like)  # pyright: ignore[reportArgumentType]
+            mlp = Think(block.mlp, p, like)  # pyright: ignore[reportArgumentType]
+            for name, body, norm in (("attn", attn, block.norm_1), ("mlp", mlp, block.norm_2)):
+                write, k = p[f"{name}.resid_delta"], p[f"{name}.act_in"].k
+                constant = write.rest.clone()
+                if body.constant:
+                    constant[write.kept] = body(like.new_zeros(1, 0), 1).double()[0]
+                else:
+                    k = k if body.used.any() else 0
+                    live |= torch.ones_like(live) if k else body.used | write.kept
+                steps.append((None if body.constant else body, norm, k, write.kept))
+                constants.append(constant)
+        self.steps = nn.ModuleList(
+            Step(body, norm, k, writes, constant.to(like), live)
+            for (body, norm, k, writes), constant in zip(steps, constants, strict=True)
+        )
+        self._keep_embeddings(model, live, torch.stack(constants).cumsum(0))
+
+    def _keep_embeddings(self, model: SparseGPT, live: Tensor, written: Tensor) -> None:
+        """Split the embeddings; tabulate the squares of the dead channels before every sublayer."""
+        like = model.lm_head.weight.detach()
+        c = torch.cat([torch.zeros_like(written[:1]), written])[:, ~live]  # 2L+1 dead
+        e = model.model.wte.weight.detach()
+        self.register_buffer("live", e[:, live])
+        self.register_buffer("dead", e[:, ~live])
+        self.register_buffer("shift", c[-1].to(like))
+        self.register_buffer("squares", _squares(e[:, ~live].double(), c).to(like))
+        self.positions: Positions | None = None
+        if model.model.wpe is not None:
+            table = model.model.get_parameter("wpe.weight")
+            self.positions = Positions(table.detach(), live, c)
+        norm = model.model.norm.get_parameter("weight").detach()
+        order = torch.cat([live.nonzero(), (~live).nonzero()]).flatten()
+        self.register_buffer("gain", norm[order])
+        self.unembed = Map(like[:, order], model.logits_bias, like)
+        bigram = model.bigram
+        self.register_buffer("bigram", None if bigram is None else bigram.detach().clone())
+
+    @torch.no_grad()
+    def forward(
+        self, ids: Int[Tensor, "batch pos"], at: Int[Tensor, " batch"] | int | None = None
+    ) -> Float[Tensor, "batch pos vocab"] | Float[Tensor, "batch vocab"]:
+        """Return the logits, or those at position `at` of each text only, which costs less.
+
+        Texts may be padded on the right, which no earlier position sees.
+        """
+        n_batch, n_pos = ids.shape
+        if at is not None:
+            at = torch.as_tensor(at, device=ids.device).expand(n_batch)
+            if not bool(((-n_pos <= at) & (at < n_pos)).all()):
+                raise ValueError(
+                    f"CircuitModule: at={at.tolist()} must be positions within 0..{n_pos - 1}"
+                )
+            at = at % n_pos
+        tokens, pos = ids.flatten(), torch.arange(n_pos, device=ids.device).repeat(n_batch)
+        z, squares = F.embedding(tokens, self.live), F.embedding(tokens, self.squares)
+        if self.positions is not None:
+            z, squares = self.positions(z, squares, self.dead, tokens, pos)
+        for s, step in enumerate(self.steps):
+            if at is not None and s == len(self.steps) - 2:  # from here on only they are needed
+                one = torch.arange(n_batch, device=ids.device) * n_pos + at
+                z = step(z, squares[:, s, None], n_batch, at, one)
+                tokens, pos, squares = tokens[one], pos[one], squares[one]
+            else:
+                z = step(z, squares[:, s, None], n_batch)
+        dead = F.embedding(tokens, self.dead) + self.shift
+        dead = dead if self.positions is None else dead + F.embedding(pos, self.positions.dead)
+        z = torch.cat([z, dead], dim=-1)
+        logits = self.unembed(F.rms_norm(z, z.shape[-1:], self.gain, self.eps))
+        if self.bigram is not None:
+            logits = logits + F.embedding(tokens, self.bigram)
+        return logits if at is not None else logits.unflatten(0, ids.shape)
+
+    @property
+    def n_weights(self) -> int:
+        """Nonzero numbers that it holds, embeddings and tables among them."""
+        held = (b.values() if b.layout == torch.sparse_csr else b for b in self.buffers())
+        return sum(int(b.count_nonzero()) for b in held if b.is_floating_point())
+
+    def __repr__(self) -> str:
+        return (
+            f"CircuitModule(mode={self.mode!r}, {self.n_nodes} of {self.n_total} nodes, "
+            f"{self.n_weights} weights of the model's {self.n_model})"
+        )
+
+
+class Step(nn.Module):
+    """One sublayer: z <- z + what it writes + the constants it stands for."""
+
+    writes: Tensor
+    constant: Tensor | None
+
+    def __init__(
+        self,
+        body: Attend | Think | None,
+        norm: nn.RMSNorm,
+        k: int,
+        writes: Tensor,
+        constant: Tensor,
+        live: Tensor,
+    ) -> None:
+        super().__init__()
+        self.body = body
+        self.read = None if body is None else Read(norm, k, body.used, live)
+        self.register_buffer("writes", writes[live].nonzero().flatten())
+        self.register_buffer("constant", constant[live] if constant[live].any() else None)
+
+    def forward(
+        self,
+        z: Float[Tensor, "N live"],
+        squares: Float[Tensor, "N 1"],
+        n_batch: int,
+        at: Int[Tensor, " batch"] | None = None,
+        one: Int[Tensor, " batch"] | None = None,
+    ) -> Float[Tensor, "n live"]:
+        """Return the residual after it, at all positions or at `at` (rows `one`) only."""
+        after = z if one is None else z[one]
+        if self.body is not None and self.read is not None:
+            wrote = self.body(self.read(z, squares), n_batch, at)
+            after.index_add_(-1, self.writes, wrote)
+        return after if self.constant is None else after.add_(self.constant)
+
+
+class Positions(nn.Module):
+    """Learned positions p added to the embedding e: |e + c + p|^2 needs the product e . p too."""
+
+    live: Tensor
+    dead: Tensor
+    squares: Tensor
+
+    def __init__(self, p: Float[Tensor, "n d"], live: Tensor, c: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("live", p[:, live])
+        self.register_buffer("dead", p[:, ~live])
+        q = p[:, ~live].double()
+        squares = q.square().sum(1, keepdim=True) + 2 * q @ c.T
+        self.register_buffer("squares", squares.to(p))
+
+    def forward(
+        self, z: Tensor, squares: Tensor, dead: Tensor, tokens: Tensor, pos: Tensor
+    ) -> tuple[Float[Tensor, "N live"], Float[Tensor, "N norm"]]:
+        """Return the live channels and the squares of the dead ones with the positions added."""
+        limit = len(self.live)
+        if len(pos) and int(pos[-1]) >= limit:
+            raise ValueError(
+                f"CircuitModule: {int(pos[-1]) + 1} positions, but the model has {limit} learned "
+                "ones; cut the input"
+            )
+        cross = torch.linalg.vecdot(F.embedding(tokens, dead), F.embedding(pos, self.dead))
+        squares = squares + F.embedding(pos, self.squares) + 2 * cross.unsqueeze(-1)
+        return z + F.embedding(pos, self.live), squares
+
+
+def _squares(e: Tensor, c: Tensor) -> Tensor:
+    """Return |e + c|^2 for every token (row of e) and sublayer (row of c)."""
+    return torch.stack([(e + row).square().sum(1) for row in c], dim=1)
+
+
+def _place(model: SparseGPT, at: str, keep: Values, ablation: Values, mode: Mode) -> Place:
+    node, device = model.node(at), next(model.parameters()).device
+    kept = torch.ones(node.width, dtype=torch.bool, device=device)
+    rest = torch.zeros(node.width, dtype=torch.float64, device=device)
+    if at in keep:
+        kept = keep[at].to(device).bool()
+    if not kept.all():
+        rest = ablation[at].to(rest).masked_fill(kept, 0.0)
+    acts = mode == "exact" and node.k < node.width and bool(kept.any())
+    return Place(kept, rest, node.k if acts else 0)
+
+
+def refuse_unknown(config: SparseGPTConfig, mode: str) -> None:
+    """Raise for a mode, or a field of the config, whose meaning is not computed here."""
+    if mode not in ("exact", "sliced"):
+        raise ValueError(f"CircuitModule: mode={mode!r} must be 'exact' or 'sliced'")
+    fields = config.architecture()
+    odd = {n: v for n, v in fields.items() if n not in KNOWN and v != getattr(SparseGPTConfig, n)}
+    if odd.get("positions") == "learned":
+        del odd["positions"]
+    if set(config.activation_locations) & set(RESIDUAL_TOPK):
+        odd["activation_locations"] = config.activation_locations
+    for name, value in odd.items():
+        raise ValueError(
+            f"CircuitModule: SparseGPTConfig.{name}={value!r} is not supported; run the model "
+            "itself under sparse.mask.masked"
+        )

@@ -1,0 +1,87 @@
+"""Holding nodes still while a context is open, and masks that gradients reach.
+
+x <- m x + (1 - m) mu                       at every node location, after AbsTopK
+m = 1[tau >= 0],  dm/dtau := sigmoid'(tau / theta) / theta
+mu = mean of x over the text the model was trained on (means.py), or 0
+
+docs/method.md#masks has the sources.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sparse.model.gpt import SparseGPT
+
+from .taps import edited
+
+Values = Mapping[str, Shaped[Tensor, " _"]]
+
+
+class _Step(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tau: Tensor, theta: float) -> Tensor:
+        ctx.save_for_backward(tau)
+        ctx.theta = theta
+        return (tau >= 0).to(tau.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        s = torch.sigmoid(ctx.saved_tensors[0] / ctx.theta)
+        return grad * s * (1 - s) / ctx.theta, None
+
+
+class _Hold(torch.autograd.Function):
+    """m x + (1 - m) mu, which is all that autograd would keep of it: x, m and mu."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, m: Tensor, mu: Tensor) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, m, mu)
+        return torch.addcmul((1 - m) * mu, x, m)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, m, mu = ctx.saved_tensors
+        dx = grad * m if ctx.needs_input_grad[0] else None
+        if x is None:
+            return dx, None, None
+        g = grad.flatten(0, -2)
+        return dx, (g * x.flatten(0, -2)).sum(0) - mu * g.sum(0), None
+
+
+def straight_through(tau: Float[Tensor, " n"], theta: float) -> Float[Tensor, " n"]:
+    """Return m = 1[tau >= 0], with the gradient dm/dtau := sigmoid'(tau / theta) / theta."""
+    return _Step.apply(tau, theta)  # pyright: ignore[reportReturnType]
+
+
+def by_location(flat: Shaped[Tensor, " n"], like: Values) -> dict[str, Shaped[Tensor, " _"]]:
+    """Return what `flat` holds for all nodes in forward order, by location as in `like`."""
+    parts = flat.split([len(value) for value in like.values()])
+    return dict(zip(like, parts, strict=True))
+
+
+@contextmanager
+def masked(model: SparseGPT, keep: Values, ablation: Values) -> Iterator[None]:
+    """Hold the nodes that are not kept at their ablation value while the context is open.
+
+        x <- m x + (1 - m) mu,      m = keep[location], mu = ablation[location]
+
+    `keep` holds bools or floats and may name some of the locations only. All kept is the model,
+    bit for bit. Gradients reach a float `keep`.
+    """
+
+    def hold(location: str, m: Tensor):
+        place = next(model.parameters())
+        m = m.to(device=place.device, dtype=place.dtype)
+        mu = ablation[location].to(m)
+        return lambda x: _Hold.apply(x, m, mu)
+
+    with edited(model, {at: hold(at, m) for at, m in keep.items()}):
+        yield

@@ -1,0 +1,127 @@
+"""The mean of every node over text: the value that a node outside a circuit is held at."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from sparse.model.config import FINAL
+from sparse.model.gpt import SparseGPT
+from sparse.model.modes import still
+from sparse.storage.atomic import replace_files
+
+from .mask import Values
+from .taps import recorded
+
+MEANS_FILE = "node_means.safetensors"
+
+
+@torch.no_grad()
+def node_means(
+    model: SparseGPT,
+    blocks: Int[Tensor, "block pos"],
+    batch_size: int = 16,
+    locations: list[str] | None = None,
+) -> dict[str, Float[Tensor, " _"]]:
+    """Return the mean of every node over all positions of `blocks`, which hold no padding.
+
+    locations: only these, which may name `final_resid` too; by default all of `node_widths`.
+    """
+    if not blocks.numel():
+        raise ValueError("node_means: no tokens; pass at least one block of text")
+    names = list(model.node_widths()) if locations is None else locations
+    sums = {at: torch.zeros(model.node(at).width, dtype=torch.float64) for at in names}
+    device = next(model.parameters()).device
+    for ids in blocks.split(batch_size):
+        with still(model), recorded(model, names) as values:
+            model.model(ids.to(device), use_cache=False)
+        for at, value in values.items():
+            sums[at] += value.double().sum((0, 1)).cpu()
+    return {at: (total / blocks.numel()).float() for at, total in sums.items()}
+
+
+def save_means(folder: str | Path, means: Values, fingerprint: str) -> None:
+    """Write the node means of the model with this fingerprint into its folder, whole or not at all.
+
+    A hash of the values goes with them.
+    """
+    values = {at: value.detach().cpu().contiguous() for at, value in means.items()}
+    record = {"model_fingerprint": fingerprint, "sha256": _hash(values)}
+    replace_files(Path(folder), {MEANS_FILE: save(values, record)})
+
+
+def load_means(
+    folder: str | Path, fingerprint: str | None = None
+) -> dict[str, Float[Tensor, " _"]]:
+    """Read the node means from a sparse model's folder.
+
+    With `fingerprint`, means recorded for another model are a ValueError; files written before
+    means recorded their model are taken as they are.
+    """
+    path = Path(folder) / MEANS_FILE
+    if not path.is_file():
+        raise ValueError(
+            f"{path} is missing; make it with node_means and save_means, pass means=, or prune "
+            "with ablation='zero'"
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            record = file.metadata() or {}
+            values = {at: file.get_tensor(at) for at in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is broken ({error}); make it again with save_means") from error
+    if record.get("sha256", digest := _hash(values)) != digest:
+        raise ValueError(f"{path} is broken (other values were saved); make it again")
+    if fingerprint is not None and record.get("model_fingerprint", fingerprint) != fingerprint:
+        raise ValueError(
+            f"{path} holds the node means of model {record['model_fingerprint']}, but this model "
+            f"is {fingerprint}; make them again with node_means and save_means, or pass means="
+        )
+    return values
+
+
+def ablation_values(
+    model: SparseGPT,
+    kind: Literal["mean", "zero"],
+    means: Values | None,
+    who: str,
+    final: bool = False,
+) -> dict[str, Float[Tensor, " _"]]:
+    """Return the value of every node that is not kept, by location in forward order.
+
+    "zero" is 0 everywhere; "mean" is `means`, or what the model's own folder holds where `means` is
+    None. With `final` there is a value for `final_resid` too. Raises ValueError in the name of
+    `who` where there are no means, or not of this model's nodes.
+    """
+    widths = model.node_widths() | ({FINAL: model.d_resid} if final else {})
+    if kind == "zero":
+        return {at: torch.zeros(width) for at, width in widths.items()}
+    if means is None:
+        if model.source is None:
+            raise ValueError(
+                f"{who}: the model was made in memory, so no folder holds its node means; pass "
+                "means=node_means(model, blocks), or take ablation='zero'"
+            )
+        means = load_means(model.source.folder, model.fingerprint())
+    if wrong := [at for at, width in widths.items() if at not in means or len(means[at]) != width]:
+        locations = ", locations=[*model.node_widths(), 'final_resid']" if final else ""
+        raise ValueError(
+            f"{who}: the node means have no value, or not one for every node, at {wrong}; make "
+            f"them with node_means(model, blocks{locations})"
+        )
+    return {at: means[at].detach().float().cpu() for at in widths}
+
+
+def _hash(values: Values) -> str:
+    digest = hashlib.sha256()
+    for at, value in sorted(values.items()):
+        digest.update(f"{at} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

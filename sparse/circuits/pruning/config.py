@@ -1,0 +1,73 @@
+"""How to prune."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from sparse.storage.records import checked
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PruneConfig:
+    """How to prune. The defaults fit a model of 2 layers, 256 wide (method.md sections 4.3, 12)."""
+
+    target_loss: float = 0.15
+    """Nats per prompt that the circuit should reach on the validation split; chance is ln 2."""
+    margin: float = 1 / 3
+    """Share of the target held back in choosing the size, in [0, 1): test words are others."""
+    ablation: Literal["mean", "zero"] = "mean"
+    """What a node outside the circuit is held at: its mean over the training text, or zero."""
+    n_steps: int = 600
+    """Optimizer steps on tau."""
+    n_pairs: int = 32
+    """Train pairs per step; all of them where there are fewer."""
+    lr: float = 3e-2
+    """AdamW step size at the start; it falls linearly to 0."""
+    k_coef: float = 1e-3
+    """Nats that one kept node costs. Smaller needs more steps (method.md 12)."""
+    theta: float = 1.0
+    """Temperature of the surrogate gradient, in units of tau; above 0."""
+    beta2: float = 0.95
+    """AdamW's second moment decay, in (0, 1)."""
+    weight_decay: float = 1e-3
+    """AdamW's pull of tau towards 0, per unit of step size."""
+    clip: float = 1.0
+    """Largest norm of the gradient of tau."""
+    start: Literal["flat", "noise"] = "noise"
+    """Where tau starts: at `bias`, or normally distributed about it."""
+    bias: float = 0.1
+    """Mean of tau at the start, in [-1, 1]; above 0 everything starts kept."""
+    noise: float = 0.01
+    """Standard deviation of tau at the start."""
+    window: int = 12
+    """Sizes just below the bisected one that are tried too: the loss is not monotone in size."""
+    clean_up: float = 0.005
+    """Nats the validation loss may rise while idle nodes are dropped, one by one; 0 drops none."""
+    n_trials: int = 200
+    """Nodes that the clean-up tries to drop at most, the least needed first."""
+    seed: int = 0
+    """Seed of the start and of the minibatches."""
+
+    def __post_init__(self) -> None:
+        positive = ("target_loss", "n_pairs", "lr", "theta", "clip")
+        at_least_0 = ("n_steps", "k_coef", "weight_decay", "noise", "window", "clean_up")
+        at_least_0 += ("n_trials", "seed")
+        for name in (*positive, *at_least_0):
+            value = getattr(self, name)
+            if value < 0 or (value == 0 and name in positive):
+                bound = "above 0" if name in positive else "at least 0"
+                raise ValueError(f"PruneConfig.{name}={value} must be {bound}")
+        if not (0 <= self.margin < 1 and 0 < self.beta2 < 1 and -1 <= self.bias <= 1):
+            raise ValueError(
+                "PruneConfig needs margin in [0, 1), beta2 in (0, 1) and bias in [-1, 1], got "
+                f"{self.margin}, {self.beta2}, {self.bias}"
+            )
+        for name, known in (("ablation", ("mean", "zero")), ("start", ("flat", "noise"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"PruneConfig.{name}={getattr(self, name)!r} must be in {known}")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> PruneConfig:
+        """Read plain values; unknown keys are an error."""
+        return cls(**checked(cls, values, "PruneConfig"))

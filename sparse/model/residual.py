@@ -1,0 +1,223 @@
+"""The residual stream of a weight-sparse GPT: read at every site, and run on from any.
+
+    residuals(ids)          [z_0 .. z_2L]
+    resume(s, z_s, ids)     the logits of the model run on from z_s
+    joined({s: z_s, ..})    the same for rows that enter at several sites, in one pass
+    last_logits(ids, t)     the logits at one position of every row, and no others
+    unembed(z_2L, ids)      the logits of last residuals
+
+Site 0 is after the embeddings, 2i+1 after attention i, 2i+2 after MLP i (docs/method.md#sites). The
+head is the subclass's: gpt.py adds it.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from .blocks import Block, picked
+from .trunk import SparseGPTModel, SparseGPTPreTrainedModel
+
+
+class ResidualAccess(SparseGPTPreTrainedModel):
+    """A trunk `model` with some head: its residual stream can be read and taken up again.
+
+    Rows of one pass do not see each other: joined means in one kernel.
+    """
+
+    model: SparseGPTModel
+
+    @abstractmethod
+    def _head(
+        self, normed: Tensor, ids: Tensor | None, keep: slice | Tensor = slice(None)
+    ) -> Tensor:
+        """Return the logits of what `SparseGPTModel.finish` returns; `ids` are its tokens."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of logits per position."""
+        return self.config.vocab_size
+
+    @vocab_size.setter
+    def vocab_size(self, n: int) -> None:  # transformers sets it after a resize
+        self.config.vocab_size = n
+
+    @property
+    def n_sites(self) -> int:
+        """Number of residual sites, 2L+1."""
+        return 2 * self.config.num_hidden_layers + 1
+
+    @property
+    def d_resid(self) -> int:
+        """Width of the residual stream."""
+        return self.config.hidden_size
+
+    def residuals(
+        self, ids: Int[Tensor, "batch pos"], attention_mask: Tensor | None = None
+    ) -> list[Float[Tensor, "batch pos d_resid"]]:
+        """Return the residual stream at every site, [z_0 .. z_2L]."""
+        return self._run(0, *self.model.prepare(self.model.wte(ids), attention_mask))
+
+    def resume(
+        self,
+        site: int,
+        h: Float[Tensor, "batch pos d_resid"],
+        ids: Int[Tensor, "batch pos"],
+        attention_mask: Tensor | None = None,
+    ) -> Float[Tensor, "batch pos vocab"]:
+        """Return the logits of the model run on from residual `h` at `site`.
+
+            resume(s, residuals(ids)[s], ids) = the logits of ids    for every site s
+
+        `ids` are the tokens `h` belongs to (for positions, padding and the bigram table). Nothing
+        before the site is computed. Raises ValueError for a site or a shape the model lacks.
+        """
+        if not 0 <= site < self.n_sites:
+            raise ValueError(f"SparseGPT.resume: site {site} is outside 0..{self.n_sites - 1}")
+        if h.shape != (*ids.shape, self.d_resid):
+            raise ValueError(
+                f"SparseGPT.resume: h is {tuple(h.shape)}, but ids {tuple(ids.shape)} and width "
+                f"{self.d_resid} need {(*ids.shape, self.d_resid)}"
+            )
+        call = self.model.context(h, attention_mask)
+        return self._head(self.model.finish(self._run(site, h, call)[-1]), ids)
+
+    def unembed(
+        self, h: Float[Tensor, "*any d_resid"], ids: Int[Tensor, "*any"]
+    ) -> Float[Tensor, "*any vocab"]:
+        """Return the logits of residuals `h` at the last site, of any tokens in any shape."""
+        one = h.reshape(1, -1, h.shape[-1])  # one token d_resid
+        return self._head(self.model.finish(one), ids.reshape(1, -1)).reshape(*ids.shape, -1)
+
+    def last_logits(
+        self, ids: Int[Tensor, "batch pos"], last: Int[Tensor, " batch"]
+    ) -> Float[Tensor, "batch vocab"]:
+        """Return the logits at position last[b] of every row b.
+
+        The last layer's query, all that follows it, and the unembedding are run at those positions
+        only, so that node values there are (batch, 1, width). Padding after them needs no mask.
+        """
+        trunk, n_pos = self.model, ids.shape[1]
+        z, call = trunk.prepare(trunk.wte(ids))
+        for s in range(self.n_sites - 3):
+            z = self._step(s, z, call)
+        final, positions = self._block(-1), call["positions"]
+        seen = torch.arange(n_pos, device=ids.device) <= last[:, None]
+        z = final.attend(z, positions, last, attention_mask=seen[:, None, None])
+        if positions is not None:
+            positions = picked(positions.expand(len(ids), -1, -1), last)
+        z = final.think(z, positions).squeeze(1)
+        return self.unembed(z, ids.gather(1, last[:, None]).squeeze(1))
+
+    def joined(
+        self,
+        entries: Mapping[int, Float[Tensor, "_ _ d_resid"]],
+        ids: Mapping[int, Int[Tensor, "_ _"]],
+    ) -> dict[int, Float[Tensor, "_ _ d_resid"]]:
+        """Return, for every site s of `entries`, the residual z_2L of its rows run on from s.
+
+            unembed(joined({s: z_s, ..})[s], ids_s) = resume(s, z_s, ids_s)    for every site s
+
+        One pass serves all sites: the rows of site s, (rows_s, pos, d_resid), enter there and stay
+        to the end. Sites may differ in sequences and in number of rows, not in pos. Gradients flow
+        to every entry. Raises ValueError for entries that do not fit.
+        """
+        if not entries:
+            return {}
+        self._check_entries(entries, ids)
+        first = entries[min(entries)]
+        call = self.model.context(first[:1])  # a mask of one row serves them all
+        return self._grow(first[:0], call, entries)[1]
+
+    def residuals_and_joined(
+        self,
+        ids: Int[Tensor, "batch pos"],
+        entries: Mapping[int, Float[Tensor, "_ _ d_resid"]],
+        entry_ids: Mapping[int, Int[Tensor, "_ _"]],
+    ) -> tuple[list[Float[Tensor, "batch pos d_resid"]], dict[int, Float[Tensor, "_ _ d_resid"]]]:
+        """Return `residuals(ids)` and `joined(entries, entry_ids)` from one pass."""
+        self._check_entries(entries, entry_ids, ids.shape[1])
+        z, _ = self.model.prepare(self.model.wte(ids))
+        return self._grow(z, self.model.context(z[:1]), entries)
+
+    def _block(self, layer: int) -> Block:
+        block = self.model.blocks[layer]
+        assert isinstance(block, Block)
+        return block
+
+    def _run(self, site: int, z: Tensor, call: dict) -> list[Tensor]:
+        """Return the residuals from `site` to the last, starting at `z`."""
+        sites = [z]
+        for s in range(site, self.n_sites - 1):
+            z = self._step(s, z, call)
+            sites.append(z)
+        return sites
+
+    def _step(self, s: int, z: Tensor, call: dict) -> Tensor:
+        """Return the residual at site s + 1 from that at site s."""
+        block = self._block(s // 2)
+        return block.think(z, call["positions"]) if s % 2 else block.attend(z, **call)
+
+    def _grow(
+        self, z: Tensor, call: dict, entries: Mapping[int, Tensor]
+    ) -> tuple[list[Tensor], dict[int, Tensor]]:
+        """Run `z` from site 0, letting entries in; the residuals of its rows, and where all end."""
+        n, sites = len(z), sorted(entries)
+        seen = []
+        for s in range(self.n_sites):
+            if s and len(z):
+                z = self._step(s - 1, z, call)
+            if s in entries:
+                first, z = _Joined.apply(z, n, entries[s])  # pyright: ignore
+            else:
+                first = z if len(z) == n else z[:n].clone()
+            seen.append(first)
+        ends = z.split([n, *(len(entries[s]) for s in sites)])
+        return seen, dict(zip(sites, ends[1:], strict=True))
+
+    def _check_entries(
+        self, entries: Mapping[int, Tensor], ids: Mapping[int, Tensor], n_pos: int | None = None
+    ) -> None:
+        """Raise unless every entry has a site, its ids, and the positions of the others."""
+        for s, h in entries.items():
+            if not 0 <= s < self.n_sites:
+                raise ValueError(f"SparseGPT.joined: site {s} is outside 0..{self.n_sites - 1}")
+            want = (*ids[s].shape, self.d_resid) if s in ids else None
+            if h.shape != want:
+                raise ValueError(
+                    f"SparseGPT.joined: the rows of site {s} are {tuple(h.shape)}, but their ids "
+                    f"and width {self.d_resid} need {want}"
+                )
+        lengths = {h.shape[1] for h in entries.values()}
+        if n_pos is not None:
+            lengths.add(n_pos)
+        if len(lengths) > 1:
+            raise ValueError(
+                f"SparseGPT.joined: rows of one pass have {sorted(lengths)} positions; cut them to "
+                "one number or run them apart"
+            )
+
+
+class _Joined(torch.autograd.Function):
+    """[z; entry], and the first n rows of z copied: a view of them would keep all of z alive."""
+
+    @staticmethod
+    def forward(ctx, z: Tensor, n: int, entry: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.sizes = n, len(z), len(entry)
+        ctx.set_materialize_grads(False)
+        return z[:n].clone(), torch.cat([z, entry])
+
+    @staticmethod
+    def backward(ctx, first, joined):  # pyright: ignore[reportIncompatibleMethodOverride]
+        n, n_z, n_entry = ctx.sizes
+        if joined is None:
+            assert first is not None
+            joined = first.new_zeros(n_z + n_entry, *first.shape[1:])
+        z, entry = joined.split([n_z, n_entry])
+        if first is not None:
+            z = torch.cat([z[:n] + first, z[n:]])
+        return z, None, entry

@@ -1,0 +1,108 @@
+"""AbsTopK on CUDA: one Triton program per vector, which is read once and written once.
+
+    forward    t = the k-th magnitude, by counting; y = x where |x| > t, or = t and early enough
+    backward   dx = dy where y != 0, and everywhere where fewer than k entries of y are not 0
+
+Both work on the bits, so that no rounding, denormal, signed zero or NaN can make a difference
+(activation.py holds the definition). Sixteen-bit floats move 4 bytes per entry in the forward pass
+and 6 in the backward pass; no mask and no index is kept. Importing this module needs triton.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float
+from torch import Tensor
+
+AS_INT = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+MAX_WIDTH = 1 << 14  # entries of a vector: it stays in registers whole, and none is spilled
+
+
+@triton.jit
+def _forward(X, Y, stride, d, k, MAGNITUDE: tl.constexpr, BLOCK: tl.constexpr):
+    """Find t by interpolating counts between lo and hi: count(a >= lo) >= k > count(a >= hi)."""
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, BLOCK)
+    x = tl.load(X + row * stride + i, mask=i < d, other=0)
+    a = tl.where(i < d, (x & MAGNITUDE).to(tl.int32), -1)
+    lo = 0
+    hi = tl.max(a, 0)
+    n_lo = d
+    n_hi = tl.sum((a >= hi).to(tl.int32), 0)
+    if n_hi >= k:  # the largest magnitude is shared by k entries
+        lo = hi
+        n_lo = n_hi
+    step = 0
+    while (n_lo != k) & (hi - lo > 1):
+        share = (n_lo - k).to(tl.float32) / (n_lo - n_hi).to(tl.float32)
+        share = tl.where(step % 4 == 3, 0.5, tl.minimum(tl.maximum(share, 0.03), 0.97))
+        middle = lo + ((hi - lo).to(tl.float32) * share).to(tl.int32)
+        middle = tl.minimum(tl.maximum(middle, lo + 1), hi - 1)
+        n = tl.sum((a >= middle).to(tl.int32), 0)
+        enough = n >= k
+        lo = tl.where(enough, middle, lo)
+        n_lo = tl.where(enough, n, n_lo)
+        hi = tl.where(enough, hi, middle)
+        n_hi = tl.where(enough, n_hi, n)
+        step += 1
+    kept = a >= lo
+    if n_lo != k:  # ties at t = lo: the first of them
+        tied = a == lo
+        places = k - tl.sum((a > lo).to(tl.int32), 0)
+        kept = (a > lo) | (tied & (tl.cumsum(tied.to(tl.int32), 0) <= places))
+    tl.store(Y + row * d + i, tl.where(kept, x, 0), mask=i < d)
+
+
+@triton.jit
+def _backward(DY, Y, DX, d, k, MAGNITUDE: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, BLOCK)
+    dy = tl.load(DY + row * d + i, mask=i < d, other=0)
+    kept = (tl.load(Y + row * d + i, mask=i < d, other=0) & MAGNITUDE) != 0
+    passes = kept | (tl.sum(kept.to(tl.int32), 0) < k)
+    tl.store(DX + row * d + i, tl.where(passes, dy, 0), mask=i < d)
+
+
+def fits(x: Tensor) -> bool:
+    """Say whether the kernels take vectors of this dtype and width."""
+    return x.dtype in AS_INT and x.shape[-1] <= MAX_WIDTH
+
+
+def forward(x: Float[Tensor, "*batch d"], k: int) -> Float[Tensor, "*batch d"]:
+    """Return abs_topk(x, k); rows may lie apart, as the thirds of a fused projection do."""
+    y = x.new_empty(x.shape)
+    rows = _rows(x)
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    _launch(_forward, len(rows), (rows, _rows(y), rows.stride(0)), x, k)
+    return y
+
+
+def backward(
+    grad: Float[Tensor, "*batch d"], y: Float[Tensor, "*batch d"], k: int
+) -> Float[Tensor, "*batch d"]:
+    """Return the gradient of x from that of y = abs_topk(x, k)."""
+    dx = grad.new_empty(grad.shape)
+    rows = (_rows(grad).contiguous(), _rows(y).contiguous(), _rows(dx))
+    _launch(_backward, len(rows[0]), rows, y, k)
+    return dx
+
+
+def launch_options(x: Tensor) -> dict[str, int]:
+    """The constants a kernel is compiled for: the sign's mask, a power of two of width, warps."""
+    block = 1 << (x.shape[-1] - 1).bit_length()
+    magnitude = 0x7FFFFFFF if x.dtype == torch.float32 else 0x7FFF
+    return {"MAGNITUDE": magnitude, "BLOCK": block, "num_warps": max(block // 1024, 1)}
+
+
+def _launch(kernel, n: int, arguments: tuple, x: Tensor, k: int) -> None:
+    if n:
+        with torch.cuda.device_of(x):
+            kernel[(n,)](*arguments, x.shape[-1], k, **launch_options(x))
+
+
+def _rows(x: Tensor) -> Tensor:
+    """The bits of x as (rows, d)."""
+    return x.detach().reshape(-1, x.shape[-1]).view(AS_INT[x.dtype])

@@ -1,0 +1,67 @@
+"""Keep exactly k weights of a matrix, with a floor per neuron: the definition.
+
+Which path runs where is decided here; every path marks the entries of `chosen_reference`.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from .bits import BITS
+from .project_cpu import chosen_cpu
+
+
+@torch.no_grad()
+def project_(weight: Float[Tensor, "out in"], keep: int, floor: int = 0, dim: int = 0) -> None:
+    """Zero all but `keep` entries of `weight` in place, largest magnitudes first.
+
+    Each row (`dim=0`) or column (`dim=1`) is first granted its own `floor` largest entries, so no
+    neuron dies; the rest of the budget goes to the largest of what remains. Exactly `keep` entries
+    are chosen; ties go to the lowest index (method.md 2.4). A chosen zero stays zero.
+    """
+    if dim not in (0, 1):
+        raise ValueError(f"project_: dim={dim} must be 0 (protect rows) or 1 (protect columns)")
+    n_slices, width = weight.shape if dim == 0 else weight.shape[::-1]
+    if not (0 <= floor <= width and n_slices * floor <= keep <= weight.numel()):
+        raise ValueError(
+            f"project_: cannot keep {keep} of a {weight.shape[0]}x{weight.shape[1]} matrix with "
+            f"{floor} per {'row' if dim == 0 else 'column'}; keep must be in "
+            f"{n_slices * floor}..{weight.numel()}; raise the density or lower the floor"
+        )
+    if weight.device.type == "cpu":
+        chosen = chosen_cpu(weight, keep, floor, dim).numpy()
+        bits = weight.detach().view(BITS[weight.dtype][0]).numpy()
+        np.multiply(bits, chosen, out=bits)
+        torch.autograd.graph.increment_version(weight)  # numpy wrote behind torch's back
+    elif weight.is_cuda and (kernels := _kernels()) and kernels.fits(weight, floor, dim):
+        kernels.project_(weight, keep, floor, dim)
+        torch.autograd.graph.increment_version(weight)
+    else:
+        weight.masked_fill_(~chosen_reference(weight, keep, floor, dim), 0.0)
+
+
+@cache
+def _kernels():
+    """The Triton kernels, imported when the first CUDA tensor comes; None without triton."""
+    return import_module(".project_cuda", __package__) if find_spec("triton") else None
+
+
+def chosen_reference(
+    weight: Float[Tensor, "out in"], keep: int, floor: int, dim: int
+) -> Bool[Tensor, "out in"]:
+    """Mark the entries that `project_` keeps: the definition, by two stable sorts."""
+    score = weight.abs()
+    if floor:
+        across = 1 - dim
+        order = score.argsort(dim=across, descending=True, stable=True)
+        score = score.scatter(across, order.narrow(across, 0, floor), torch.inf)
+    best = score.flatten().argsort(descending=True, stable=True)[:keep]
+    chosen = torch.zeros(weight.numel(), dtype=torch.bool, device=weight.device)
+    return chosen.index_fill(0, best, True).view(weight.shape)

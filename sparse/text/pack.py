@@ -1,0 +1,106 @@
+"""Documents packed into blocks of tokens.
+
+text_1 eos text_2 eos ... text_n eos,  cut every `length` tokens, the remainder dropped
+"""
+
+import hashlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from jaxtyping import Int
+from safetensors.torch import load_file, save
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from sparse.storage.atomic import replace_files
+
+from .corpus import Corpus
+
+
+def pack(
+    texts: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    *,
+    cache: str | Path | None = None,
+) -> Int[Tensor, "block pos"]:
+    """Return the documents as blocks of `length` tokens.
+
+        text_1 eos text_2 eos ... text_n eos,  cut every `length` tokens, the remainder dropped
+
+    With `cache`, a folder, the blocks are kept there in a file named by a hash of texts, tokenizer
+    and length. Raises ValueError without an end-of-text token or if there is not one full block.
+    """
+    if length < 2:
+        raise ValueError(f"pack: length={length} must be at least 2 tokens: one predicts the next")
+    eos = end_of_text(tokenizer)
+    stored = None
+    if cache is not None:
+        stored = Path(cache) / f"{_key(texts, tokenizer, length)}.safetensors"
+        if stored.is_file():
+            return load_file(stored)["blocks"].long()
+    runs: list[Tensor] = []
+    with tqdm(total=len(texts), desc="tokenizing", unit="doc", delay=2, file=sys.stderr) as bar:
+        for start in range(0, len(texts), 128):
+            chunk = list(texts[start : start + 128])
+            for ids in encode(tokenizer, chunk):
+                runs.append(torch.tensor([*ids, eos], dtype=torch.int32))
+            bar.update(len(chunk))
+    tokens = torch.cat(runs) if runs else torch.zeros(0, dtype=torch.int32)
+    n_blocks = len(tokens) // length
+    if n_blocks == 0:
+        raise ValueError(
+            f"pack: {len(texts)} documents hold {len(tokens)} tokens, fewer than one block of "
+            f"{length}; give more text or a smaller length"
+        )
+    blocks = tokens[: n_blocks * length].view(n_blocks, length)
+    if stored is not None:
+        replace_files(stored.parent, {stored.name: save({"blocks": blocks.contiguous()})})
+    return blocks.long()
+
+
+def estimated_tokens(corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return about how many tokens `pack` would make of a corpus, from 64 of its documents."""
+    texts = [*corpus.train, *corpus.validation]
+    some = texts[:: max(1, len(texts) // 64)]
+    tokens = sum(len(ids) + 1 for ids in encode(tokenizer, some))
+    return round(tokens * sum(map(len, texts)) / sum(map(len, some)))
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Return the tokens of every text, without special ones."""
+    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)[
+        "input_ids"
+    ]  # type: ignore
+
+
+def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the token that stands between documents; raise ValueError where there is none."""
+    if not isinstance(tokenizer.eos_token_id, int):
+        raise ValueError(
+            "this tokenizer has no end-of-text token, which must stand between documents; "
+            "set tokenizer.eos_token to one of its tokens"
+        )
+    return tokenizer.eos_token_id
+
+
+def _key(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int) -> str:
+    digest = hashlib.sha256(f"{length} {len(texts)} {tokenizer_rules(tokenizer)}".encode())
+    for text in texts:
+        digest.update(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
+    return digest.hexdigest()[:32]
+
+
+def tokenizer_rules(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What decides the ids of a text."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = backend.to_str() if backend else f"{tokenizer!r}{sorted(tokenizer.get_vocab().items())}"
+    return f"{end_of_text(tokenizer)} {rules}"
+
+
+def text_hash(text: str) -> str:
+    """Return a hash of a text, 16 hex digits."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]

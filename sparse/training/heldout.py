@@ -1,0 +1,67 @@
+"""What a language model is worth on held-out text, beside the control of token frequencies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sparse.model.gpt import SparseGPT
+from sparse.model.modes import mode
+from sparse.ops.csr_linear import csr_products
+
+
+@torch.no_grad()
+def heldout_nats(
+    model: SparseGPT,
+    batches: Iterable[Int[Tensor, "_ pos"]],
+    accelerator: Accelerator | None = None,
+) -> float:
+    """Return the cross entropy over all predicted tokens of `batches`, in nats per token.
+
+    With an accelerator its processes share the batches; all of them return the same number.
+    """
+    world = accelerator.num_processes if accelerator else 1
+    rank = accelerator.process_index if accelerator else 0
+    sums = torch.zeros(2, dtype=torch.float64, device=model.lm_head.weight.device)  # nats, tokens
+    with csr_products(model), mode(model, training=False):
+        for i, ids in enumerate(batches):
+            if i % world == rank:
+                ids = ids.to(sums.device)
+                sums[0] += _cross_entropy(model, ids, "sum").double()
+                sums[1] += ids[:, 1:].numel()
+    if accelerator:
+        sums = accelerator.reduce(sums, "sum")
+    nats, tokens = sums.tolist()  # pyright: ignore[reportAttributeAccessIssue]
+    if not tokens:
+        raise ValueError("heldout_nats: there is no token to predict; give held-out text")
+    return nats / tokens
+
+
+def unigram_nats(
+    blocks: Int[Tensor, "block pos"],
+    batches: Iterable[Int[Tensor, "_ _"]],
+    vocab_size: int,
+) -> float:
+    """Return what knowing only how often each token occurs in `blocks` costs on `batches`.
+
+        -mean log q(v),   q(v) = (count of v in blocks + 1) / (tokens in blocks + vocab_size)
+
+    over the same tokens as `heldout_nats`, in nats per token: the control of a language model.
+    """
+    log_q = (torch.bincount(blocks.flatten(), minlength=vocab_size).double() + 1).log()
+    log_q -= log_q.logsumexp(0)
+    return -torch.cat([log_q[ids[:, 1:].cpu()].flatten() for ids in batches]).mean().item()
+
+
+def _cross_entropy(
+    model: SparseGPT, ids: Int[Tensor, "batch pos"], over: Literal["mean", "sum"]
+) -> Float[Tensor, ""]:
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits, ids[:, 1:].flatten(), reduction=over)

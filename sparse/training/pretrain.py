@@ -1,0 +1,203 @@
+"""Training a weight-sparse GPT alone, by the published recipe (Gao et al. 2025; method.md 2).
+
+One optimizer step t of S, in this order:
+
+    rho_t, e_t   densities of matrices and embeddings              SparsityConfig.densities
+    lr_t         = lr * warmup_decay(t) * sharkfin(rho_t)
+    g            gradient of the cross entropy of position j on token j+1, nats per token
+    r            = ||g||_2 / sqrt(n)   over all n parameters together
+    g            <- g / (r + 1e-5)
+    p            <- Adam(g), betas 0.9 and 0.95, eps 0.1, no decay of its own
+    p            <- the floor(density * numel) largest entries of every projected tensor
+    p            <- p - weight_decay * lr_t * p    for matrices and tables, not the bigram table
+
+After step t a projected tensor has exactly its budget of nonzero entries, less one for every entry
+that was chosen while itself exactly zero (a slice with fewer nonzeros than its floor, or a tensor
+with fewer than its budget).
+
+The sources differ, and a field decides each difference. "Authors" is their released script,
+"replication" an independent one (method.md 9); `gao2025` takes the last column.
+
+    field                paper           authors             replication     gao2025
+    -- PretrainConfig
+    scaling              clip            normalise           normalise       normalise
+    decay                adamw           after_projection    adamw           after_projection
+    decayed              not said        matrices            all             matrices
+    sharkfin             1/sqrt, scale   normalised          unnormalised    normalised
+                         not said
+    -- SparsityConfig
+    embedding_density    = density       e * density         = density       e * density
+    embedding_anneal     late            linked              linked          linked
+    anneal_mode          linear          linear; log is an   linear          linear
+                                         option there
+    sparse_biases        True            False               False           True
+    floor_axis           neurons         neurons             rows            neurons
+    -- SparseGPTConfig
+    positions            none            learned, table      none            none
+                                         zero at first
+    bigram_table         True            True                False           True
+    bigram_fixed         False           False; True in      -               False
+                                         older models
+    bigram_freeze_last   not said        True                -               True
+    -- TrainConfig
+    mixed_precision      not said        fp16                bf16 weights    no
+
+Refused rather than offered: floors above the budget, weights in bfloat16 (method.md 10: 5 and 6).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Literal
+
+from accelerate import Accelerator
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from sparse.model.gpt import SparseGPT
+from sparse.model.modes import mode
+from sparse.ops.csr_linear import WORTH_REBUILDING, csr_products
+
+from .config import BatchSource, TrainConfig
+from .groups import Group, warmup_decay
+from .heldout import _cross_entropy, heldout_nats
+from .loop import fit
+from .processes import accelerator_for
+from .sparsity import Budget, SparsityConfig, budgets, check_budgets, project_model_
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PretrainConfig:
+    """Everything about the training that is not the model's shape. Defaults: method.md 2.5."""
+
+    train: TrainConfig
+    """Steps, folder, checkpoints, seed, precision."""
+    sparsity: SparsityConfig = field(default_factory=SparsityConfig)
+    """How sparse the weights become and when."""
+    lr: float = 1.28e-2
+    """Learning rate that the schedules multiply; with the sharkfin "normalised", it is in units of
+    the normalised gradient at the final density."""
+    warmup: float = 0.01
+    """Share of the steps over which the learning rate rises from 0, in [0, 1)."""
+    sharkfin: Literal["normalised", "unnormalised", "none"] = "normalised"
+    """The factor of the learning rate while annealing. "normalised": sqrt(rho_T / rho_t), 1 at the
+    end. "unnormalised": 1 / sqrt(rho_t), which is 1/sqrt(rho_T) times as much. "none": 1."""
+    scaling: Literal["normalise", "clip", "none"] = "normalise"
+    """What happens to the pooled gradient of root mean square r: `Group.scaling`."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Adam's averages of the gradient and of its square, in [0, 1)."""
+    eps: float = 0.1
+    """Adam's eps, in units of the scaled gradient."""
+    weight_decay: float = 0.1
+    """Decay per unit of learning rate."""
+    decay: Literal["after_projection", "adamw"] = "after_projection"
+    """When weights decay: `Group.decay`."""
+    decayed: Literal["matrices", "all"] = "matrices"
+    """What decays. "matrices": tensors of two axes except the bigram table. "all": everything."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"PretrainConfig.warmup={self.warmup} must be in [0, 1)")
+        for name in ("lr", "eps"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"PretrainConfig.{name}={getattr(self, name)} must be above 0")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"PretrainConfig.betas={self.betas} must be in [0, 1)")
+        if self.weight_decay < 0:
+            raise ValueError(f"PretrainConfig.weight_decay={self.weight_decay} must be at least 0")
+
+
+class Pretraining(nn.Module):
+    """The trainable module that `fit` takes: a sparse model and its cross entropy.
+
+    Raises ValueError where a tensor's final budget does not hold its floor.
+    """
+
+    def __init__(self, model: SparseGPT, config: PretrainConfig) -> None:
+        super().__init__()
+        self.model, self.config = model, config
+        steps = config.train.steps
+        self.anneal = config.sparsity.anneal(steps)
+        check_budgets(self.budgets, config.sparsity.densities(steps, steps))
+
+    @property
+    def budgets(self) -> list[Budget]:
+        """The projected tensors, looked up anew: sharding replaces them."""
+        return budgets(self.model, self.config.sparsity)
+
+    def forward(self, ids: Int[Tensor, "batch pos"], step: int) -> dict[str, Tensor]:
+        """Return {"ce": nats per token, mean over the pos - 1 predicted positions}."""
+        with csr_products(self.model, WORTH_REBUILDING):
+            return {"ce": _cross_entropy(self.model, ids, "mean")}
+
+    def lr(self, step: int) -> float:
+        """Return lr * warmup_decay * sharkfin at an optimizer step."""
+        c = self.config
+        fin = {
+            "normalised": self.anneal.lr_scale(step),
+            "unnormalised": self.anneal.keep(step) ** -0.5,
+            "none": 1.0,
+        }
+        return c.lr * warmup_decay(step, c.train.steps, c.warmup) * fin[c.sharkfin]
+
+    def groups(self) -> list[Group]:
+        """Return one group: the gradients of all parameters are scaled together."""
+        c, params = self.config, dict(self.model.named_parameters())
+        decayed = {n for n, p in params.items() if p.ndim > 1 and n != "bigram"}
+        return [
+            Group(
+                name="sparse",
+                params=params,
+                lr=self.lr,
+                betas=c.betas,
+                eps=c.eps,
+                scaling=c.scaling,
+                weight_decay=c.weight_decay,
+                decay=c.decay,
+                decayed=frozenset(params if c.decayed == "all" else decayed),
+            )
+        ]
+
+    def project(self, step: int) -> dict[str, float]:
+        """Project every budgeted tensor to the density of `step`; return the densities."""
+        steps = self.config.train.steps
+        # the last step reaches the target even where annealing ends with the run
+        t = steps if step + 1 == steps else step
+        matrices, embeddings = self.config.sparsity.densities(t, steps)
+        project_model_(self.budgets, (matrices, embeddings))
+        return {"density/matrices": matrices, "density/embeddings": embeddings}
+
+
+def pretrain(
+    model: SparseGPT,
+    batches: BatchSource,
+    config: PretrainConfig,
+    validation: Iterable[Int[Tensor, "_ pos"]] = (),
+    accelerator: Accelerator | None = None,
+) -> dict[str, float]:
+    """Train `model` in place on `batches`, resuming from `config.train.folder` where it can.
+
+    `validation` holds batches that are scored at every evaluation, shared among the processes.
+    Returns what the trained model scores on them: {"ce": nats per token}, or {} without any.
+    """
+    accelerator = accelerator_for(config.train, accelerator)
+    module = Pretraining(model.to(accelerator.device), config)  # pyright: ignore[reportArgumentType]
+    validation = list(validation)
+
+    def evaluate() -> dict[str, float]:
+        return {"ce": heldout_nats(model, validation, accelerator)} if validation else {}
+
+    identity = asdict(config) | {"model": model.config.architecture()}
+    del identity["train"]  # `fit` adds these itself
+    with mode(model, training=True):
+        fit(
+            module,
+            batches,
+            config.train,
+            after_step=module.project,
+            evaluate=evaluate if validation else None,
+            accelerator=accelerator,
+            identity=identity,
+        )
+    return evaluate()

@@ -1,0 +1,82 @@
+"""Several processes as one training: how many there are, and how they are asked to stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+
+from .config import TrainConfig
+
+
+class Interrupted(KeyboardInterrupt):
+    """Training was asked to stop and has saved its state; the same command resumes it."""
+
+
+@contextmanager
+def stop_requests() -> Iterator[list[str]]:
+    """Collect the names of SIGINT and SIGTERM instead of dying in the middle of a step."""
+    asked: list[str] = []
+    kinds: Iterable[signal.Signals] = (signal.SIGINT, signal.SIGTERM)
+    before = {}
+    if threading.current_thread() is not threading.main_thread():
+        kinds = ()  # only the main thread may handle signals
+    try:
+        for kind in kinds:
+            before[kind] = signal.signal(kind, lambda n, _: asked.append(signal.Signals(n).name))
+        yield asked
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+
+
+def accelerator_for(config: TrainConfig, given: Accelerator | None) -> Accelerator:
+    """Return the given accelerator, or a new one; refuse one that computes otherwise."""
+    if config.mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise ValueError(
+            "TrainConfig.mixed_precision='fp16' needs CUDA, and there is none here; take 'bf16', "
+            "which needs no scaling of the loss, or 'no'"
+        )
+    accelerator = given or Accelerator(mixed_precision=config.mixed_precision)
+    if accelerator.mixed_precision != config.mixed_precision:
+        raise ValueError(
+            f"TrainConfig.mixed_precision={config.mixed_precision!r}, but the accelerator computes "
+            f"in {accelerator.mixed_precision!r}; give both the same"
+        )
+    check_processes(config.processes, accelerator.num_processes)
+    return accelerator
+
+
+def check_processes(asked: int | None, world: int) -> None:
+    """Raise ValueError for a launch that came out otherwise than it was asked for.
+
+    `asked` is `TrainConfig.processes`, `world` the number of processes that train together.
+    `accelerate launch --num_processes 2` starts one process where there is no GPU, and says so only
+    by naming a master; with --multi_gpu, or torchrun, it starts two that train apart.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    remedy = (
+        "on a CPU, start them with `ACCELERATE_USE_CPU=true torchrun --nproc_per_node "
+        f"{max(asked or 2, launched)} SCRIPT`; on GPUs, see that torch.cuda.is_available()"
+    )
+    if world == 1 < launched:
+        raise ValueError(
+            f"{launched} processes were started, but this one trains alone, and each would write "
+            f"the same folder; {remedy}"
+        )
+    one_of_many = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ
+    if asked is None and world == 1 and "WORLD_SIZE" not in os.environ and one_of_many:
+        raise ValueError(
+            "`accelerate launch` was asked for several processes and started one; "
+            f"{remedy}; if one is meant, say TrainConfig.processes=1"
+        )
+    if asked not in (None, world):
+        raise ValueError(
+            f"TrainConfig.processes={asked}, but {world} train{'s' * (world == 1)} together; "
+            f"{remedy}"
+        )

@@ -104,6 +104,7 @@ def train_cell(args, cell, folder, dense, train, heldout) -> dict[str, float]:
         BridgeConfig,
         BridgeSet,
         CotrainConfig,
+        LossWeights,
         cotrain,
         fit_sites,
         validate,

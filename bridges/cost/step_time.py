@@ -146,9 +146,13 @@ def _try(
     module = Cotraining(dense, sparse, bridges, replace(config, train=train)).to(device)
     ids = torch.randint(dense.vocab_size, (sequences * passes, length))
     batches = _Clocked(ids, device, 1 + TIMED)
+
+    def at_the_end(step: int) -> dict[str, float]:
+        return module.sparsifier.project(train.steps)  # the twin's final density
+
     _reset_peak(device)
     try:
-        fit(module, batches, train, lambda _: module.project(train.steps), accelerator=accelerator)
+        fit(module, batches, train, at_the_end, accelerator=accelerator)
     except _Enough:
         times = batches.times
         peak, of = _peak(device)

@@ -171,3 +171,41 @@ def check_budgets(plan: list[Budget], densities: tuple[float, float]) -> None:
                 f"the floor of {b.floor} for each of {n_slices} neurons; raise the density to at "
                 f"least {n_slices * b.floor / b.weight.numel():.5f} or lower the floor"
             )
+
+
+class Sparsifier:
+    """What keeps one model on its budgets through one run: the anneal and the projection.
+
+    It holds the model and the settings and nothing else, so that every question is answered anew:
+    sharding replaces the tensors. Raises ValueError where a tensor's final budget does not hold
+    its floor.
+    """
+
+    def __init__(self, model: SparseGPT, config: SparsityConfig, steps: int) -> None:
+        self.model, self.config, self.steps = model, config, steps
+        self.anneal = config.anneal(steps)
+        check_budgets(self.budgets, config.densities(steps, steps))
+
+    @property
+    def budgets(self) -> list[Budget]:
+        """The tensors that are projected."""
+        return budgets(self.model, self.config)
+
+    def project(self, step: int) -> dict[str, float]:
+        """Project every tensor to its budget after optimizer step `step`; return the densities.
+
+        The last step reaches the target even where annealing ends with the run.
+        """
+        last = step + 1 == self.steps
+        matrices, embeddings = self.config.densities(self.steps if last else step, self.steps)
+        project_model_(self.budgets, (matrices, embeddings))
+        return {"density/matrices": matrices, "density/embeddings": embeddings}
+
+
+def decayed_names(model: SparseGPT) -> frozenset[str]:
+    """Return the names of the parameters that the recipe decays.
+
+    Those of two axes, except the bigram table (docs/method.md#the-training-step).
+    """
+    named = model.named_parameters()
+    return frozenset(name for name, p in named if p.ndim > 1 and name != "bigram")

@@ -15,7 +15,7 @@ from bridges.maps.bridge import BridgeConfig, BridgeSet
 from bridges.run_folder import load_run, save_run
 from bridges.training.config import CotrainConfig, LossWeights
 from bridges.training.cotrain import Cotraining, cotrain
-from bridges.training.objective import losses
+from bridges.training.objective import Draw, losses
 from bridges.training.validate import validate
 from bridges.transfer.dense_circuit import DenseCircuit
 from bridges.transfer.directions import read_at, written_at
@@ -98,7 +98,7 @@ def test_the_joint_loss_and_its_gradients_are_those_of_the_naive_loop(double, id
     assert bridges.config.pairs == pairs
     sites = torch.tensor(list(pairs))
     drawn = None if how == "all" else sites[torch.arange(len(ids)) % len(sites)][:, None]
-    got = losses(dense, sparse, bridges, ids, LossWeights(), drawn)
+    got = losses(dense, sparse, bridges, ids, LossWeights(), draw=Draw(drawn))
     want = naive(dense, sparse, bridges, pairs, ids, drawn)
     for name in TERMS:
         assert abs(got[name].item() - want[name].item()) < 1e-10, name

@@ -73,7 +73,7 @@ def ours(folder, variant):
 
     shape = VARIANTS[variant].get("model", {})
     module = Watched(model(**shape), preset(folder, variant).pretrain)
-    fit(module, batches(), module.config.train, after_step=module.project)
+    fit(module, batches(), module.config.train, after_step=module.sparsifier.project)
     return [*seen, {n: p.detach() for n, p in module.model.named_parameters()}]
 
 

@@ -154,7 +154,7 @@ class Counted(Pretraining):
         self.counts = {}
 
     def project(self, step):
-        notes = super().project(step)
+        notes = self.sparsifier.project(step)
         self.check(step)
         return notes
 
@@ -165,7 +165,7 @@ class Counted(Pretraining):
 
     def check(self, step):
         densities = self.config.sparsity.densities(step, STEPS)
-        for b in self.budgets:
+        for b in self.sparsifier.budgets:
             keep = int(densities[b.is_embedding] * b.weight.numel())
             assert b.weight.count_nonzero() == keep, (b.name, step)
             if b.floor:
@@ -192,7 +192,9 @@ def test_every_budget_is_exact_after_every_step_and_after_a_resume(tmp_path):
     assert first.counts == dict.fromkeys(range(15), 2) | {15: 2}
     # resumed at step 15: what the checkpoint held is counted before anything else
     assert again.counts == {14: 1} | dict.fromkeys(range(15, 23), 2) | {23: 1}
-    spared = {n for n, _ in again.model.named_parameters()} - {b.name for b in again.budgets}
+    spared = {n for n, _ in again.model.named_parameters()} - {
+        b.name for b in again.sparsifier.budgets
+    }
     assert "bigram" in spared
     assert all(again.model.get_parameter(n).count_nonzero() > 0 for n in spared)
 
@@ -224,7 +226,7 @@ def test_weights_gradients_and_moments_are_float32_while_products_run_in_bfloat1
 
         def watch(step):
             seen["grad"] |= {p.grad.dtype for p in module.parameters()}
-            return module.project(step)
+            return module.sparsifier.project(step)
 
         fit(module, batches(), config.pretrain.train, after_step=watch)
     finally:
@@ -248,7 +250,7 @@ def test_how_often_something_is_written_may_change_on_the_way(tmp_path):
     def cut(step):
         if step == 13:
             raise PowerCut
-        return module.project(step)
+        return module.sparsifier.project(step)
 
     identity = dict(model=config.model.architecture())
     with pytest.raises(PowerCut):

@@ -19,6 +19,7 @@ from bridges.training.objective import Draw, losses
 from bridges.training.validate import validate
 from bridges.transfer.dense_circuit import DenseCircuit
 from bridges.transfer.directions import read_at, written_at
+from bridges.transfer.intervention import Steering
 from bridges.transfer.map_circuit import map_circuit
 from dense import DenseModel, run_edited
 from evals import evaluate_bridge
@@ -220,7 +221,7 @@ def test_the_edits_of_a_read_are_seen_by_what_answers_its_sublayer_alone(
     assert (run_edited(padded.dense, ids, [into, out]) - want).abs().max() < 1e-4
     assert (run_edited(padded.dense, ids, [into]) - want).abs().max() > 1e-3  # control: carried on
     assert (want - sparse(ids).logits).abs().max() > 1e-3
-    steered = mapped.steering_edits(ids, ids.roll(1, 0), [node], mode="read")
+    steered = mapped.edits_of(Steering(ids.roll(1, 0), [node], "read"), ids)
     assert [e.site for e in steered] == [bridged[2], 5]
 
 

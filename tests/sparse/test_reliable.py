@@ -260,7 +260,13 @@ def test_how_often_something_is_written_may_change_on_the_way(tmp_path):
         train=dict(log_every=7, evaluate_every=2, checkpoint_every=4, keep_checkpoints=3),
     )
     again = Pretraining(build(other), other.pretrain)
-    fit(again, batches(), other.pretrain.train, after_step=again.project, identity=identity)
+    fit(
+        again,
+        batches(),
+        other.pretrain.train,
+        after_step=again.sparsifier.project,
+        identity=identity,
+    )
     whole, _ = read_folder(steps_saved(tmp_path / "whole" / "checkpoints")[-1], "module", "adam")
     cut, _ = read_folder(steps_saved(tmp_path / "cut" / "checkpoints")[-1], "module", "adam")
     for stem, named in whole.items():
@@ -268,7 +274,13 @@ def test_how_often_something_is_written_may_change_on_the_way(tmp_path):
     assert [x["step"] for x in logged(tmp_path / "cut")] == [*range(1, 13), 14, 21, 24]
     third = preset(tmp_path / "cut", train=dict(accumulate=2))  # control: this one computes
     with pytest.raises(ValueError, match="accumulate: 1 there, 2 here"):
-        fit(again, batches(), third.pretrain.train, after_step=again.project, identity=identity)
+        fit(
+            again,
+            batches(),
+            third.pretrain.train,
+            after_step=again.sparsifier.project,
+            identity=identity,
+        )
 
 
 def test_dropout_is_off_while_evaluating_and_the_mode_is_put_back(tmp_path):

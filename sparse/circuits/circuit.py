@@ -21,7 +21,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from sparse.circuits.extract.circuit_module import CircuitModule, Mode
 from sparse.model.config import FINAL, LOCATIONS
 from sparse.model.gpt import SparseGPT
 from sparse.storage.atomic import replace_files
@@ -221,14 +220,9 @@ class Circuit:
                 f"{self.model_fingerprint}{where}; load that model, or prune this one"
             )
 
-    def compile(self, model: SparseGPT, mode: Mode = "exact") -> CircuitModule:
-        """Return what this circuit needs of `model`, as a module of its own that is much faster.
-
-        "exact" gives the logits of the masked model, "sliced" those without AbsTopK, which are the
-        same only where k is the width. Another model than the circuit's is a ValueError.
-        """
-        self.check(model)
-        return CircuitModule(model, self.masks(), self.ablation, mode)
+    def __getattr__(self, name: str) -> Any:
+        hint = "; it is now sparse.extract(circuit, model, mode)" if name == "compile" else ""
+        raise AttributeError(f"Circuit has no attribute {name!r}{hint}")
 
     def _like(self, other: Circuit) -> None:
         if self.model_fingerprint != other.model_fingerprint:

@@ -165,6 +165,9 @@ class MLP(nn.Module):
 class Block(GradientCheckpointingLayer):
     """One layer: two sublayers, each adding to the residual stream."""
 
+    sublayers_compiled: bool = False
+    """Whether `attend` and `think` run through torch.compile (modes.py)."""
+
     def __init__(self, config: SparseGPTConfig, layer_idx: int) -> None:
         super().__init__()
         d, beside = config.hidden_size, config.position_channels

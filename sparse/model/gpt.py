@@ -23,6 +23,10 @@ One forward serves training, hybrid tails, masks, means and interventions: all o
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -34,6 +38,7 @@ from transformers.utils.generic import can_return_tuple
 from sparse.ops.abs_topk import AbsTopK
 
 from .config import FINAL, LOCATIONS, SparseGPTConfig
+from .modes import compiled_sublayers
 from .residual import ResidualAccess
 from .trunk import SparseGPTModel
 
@@ -133,6 +138,22 @@ class SparseGPT(ResidualAccess, GenerationMixin):
             raise ValueError("SparseGPT with a bigram table needs input_ids, got inputs_embeds")
         padding = -1 if self.config.bigram_freeze_last else None
         return logits + F.embedding(ids[:, keep], self.bigram, padding_idx=padding)
+
+    @contextmanager
+    def compile_sublayers(self, **options: Any) -> Iterator[None]:
+        """Run every sublayer through `torch.compile(**options)` while the context is open.
+
+        Parameters keep their names and `state_dict` what it holds. Numbers are those of the
+        backend: bit for bit with `backend="aot_eager"`, to rounding with inductor.
+
+        >>> model = SparseGPT(SparseGPTConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1))
+        >>> with model.compile_sublayers(backend="eager"):
+        ...     y = model(torch.tensor([[1, 2, 3]])).logits
+        >>> y.shape
+        torch.Size([1, 3, 50])
+        """
+        with compiled_sublayers([self._block(i) for i in range(len(self.model.blocks))], **options):
+            yield
 
     def node_widths(self) -> dict[str, int]:
         """Return every node location and how many nodes it has, in forward order."""

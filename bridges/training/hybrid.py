@@ -6,8 +6,8 @@
 Bridge s joins dense site s and sparse site t = pairs[s] (`BridgeConfig`), which is s where the
 models are equally deep. Both in nats per token (Gao et al. 2025, section 3.3, L_KL). The passes of
 all sites are one pass of a batch that grows: the rows of site s enter there and stay to the end
-(method.md 3.5 a and d). Here is what enters where, and what is left out at random without moving
-the mean.
+(docs/method.md#hybrid-passes). Here is what enters where, and what is left out at random without
+moving the mean.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Circuits: the few nodes of a SparseGPT that a task needs, and everything needed to trust them.
 
 node    an entry of the vector at a location           0.mlp.post_act 17
-edge    a nonzero weight whose two ends are kept        method.md 4.5: six pairs per layer
+edge    a nonzero weight whose two ends are kept        docs/method.md#edges: six pairs per layer
 file    circuit.json, and circuit.safetensors with the values that replace the other nodes
 """
 
@@ -207,7 +207,7 @@ class Circuit:
 
         Six pairs of locations per layer: act_in to q, k and v, v to resid_delta, and in the MLP
         act_in to post_act to resid_delta. Biases, the pairing of q with k, residual links, and the
-        embeddings are not edges (method.md 4.5).
+        embeddings are not edges (docs/method.md#edges).
         """
         return edges_of(model, self.nodes)
 

@@ -3,7 +3,7 @@
 Shapes: batch pos vocab; d_resid = hidden_size; d_mlp = intermediate_size; q, k, v: n_head * d_head.
 Sites:  0 after the embeddings, 2i+1 after attention i, 2i+2 after MLP i; 2L+1 in all.
 Nodes:  the entries of the vectors at the eight locations of a layer, all taken after AbsTopK
-        (Gao et al. 2025, Figure 12; method.md 1.2 and 1.4):
+        (Gao et al. 2025, Figure 12; docs/method.md#the-sparse-model):
 
     u = AbsTopK(norm_1(z))                  {l}.attn.act_in
     q, k, v = AbsTopK of each third of W_qkv u + b_qkv        {l}.attn.q  {l}.attn.k  {l}.attn.v

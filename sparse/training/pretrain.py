@@ -1,4 +1,4 @@
-"""Training a weight-sparse GPT alone, by the published recipe (Gao et al. 2025; method.md 2).
+"""Training a weight-sparse GPT alone, by the published recipe (Gao et al. 2025).
 
 One optimizer step t of S, in this order:
 
@@ -16,7 +16,8 @@ that was chosen while itself exactly zero (a slice with fewer nonzeros than its 
 with fewer than its budget).
 
 The sources differ, and a field decides each difference. "Authors" is their released script,
-"replication" an independent one (method.md 9); `gao2025` takes the last column.
+"replication" an independent one (docs/method.md#where-sources-differ); `gao2025`
+takes the last column.
 
     field                paper           authors             replication     gao2025
     -- PretrainConfig
@@ -42,7 +43,7 @@ The sources differ, and a field decides each difference. "Authors" is their rele
     -- TrainConfig
     mixed_precision      not said        fp16                bf16 weights    no
 
-Refused rather than offered: floors above the budget, weights in bfloat16 (method.md 10: 5 and 6).
+Refused rather than offered: floors above the budget, weights in bfloat16 (docs/method.md#pitfalls).
 """
 
 from __future__ import annotations
@@ -69,7 +70,10 @@ from .sparsity import Sparsifier, SparsityConfig, decayed_names
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PretrainConfig:
-    """Everything about the training that is not the model's shape. Defaults: method.md 2.5."""
+    """Everything about the training that is not the model's shape.
+
+    The defaults are those of docs/method.md#the-training-step.
+    """
 
     train: TrainConfig
     """Steps, folder, checkpoints, seed, precision."""

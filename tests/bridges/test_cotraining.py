@@ -82,7 +82,7 @@ def reached(total, params):
 def test_every_term_reaches_the_parameters_of_the_table_and_no_others(
     dense, sparse, bridges, ids, site, drawn
 ):
-    """method.md 3.4, group by group, for bridges at one site."""
+    """docs/method.md#gradient-flow, group by group, for bridges at one site."""
     one = at_site(bridges, site)
     sites = torch.full((len(ids), 1), site) if drawn else None
     parts = losses(dense, sparse, one, ids, ALL, draw=Draw(sites))

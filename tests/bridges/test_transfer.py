@@ -298,7 +298,7 @@ def test_the_edits_of_a_read_are_seen_by_its_sublayer_alone(mapped, ids):
 def test_for_small_changes_the_read_rule_is_the_exact_difference(
     build, dense, ids, bridges, circuit_of
 ):
-    """Gao et al. 2025, Appendix A.4, against decoding both runs (method.md 5.2)."""
+    """Gao et al. 2025, Appendix A.4, against decoding both runs (docs/method.md#read-nodes)."""
     sparse = build.sparse(activation_fraction=1.0)
     wte, rng = sparse.model.wte.weight, torch.Generator().manual_seed(8)
     wte[6] = wte[5] + 0.02 * torch.randn(20, generator=rng)

@@ -80,6 +80,6 @@ def check_processes(asked: int | None, world: int) -> None:
         )
     if asked not in (None, world):
         raise ValueError(
-            f"TrainConfig.processes={asked}, but {world} train{'s' * (world == 1)} together; "
+            f"TrainConfig.processes={asked}, but the number that train together is {world}; "
             f"{remedy}"
         )

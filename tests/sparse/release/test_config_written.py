@@ -21,10 +21,12 @@ SMALL = dict(vocab_size=31, hidden_size=16, num_hidden_layers=1, num_attention_h
 SMALL |= dict(head_dim=3, intermediate_size=24, max_position_embeddings=12)
 PLACES = (*TOPK_LOCATIONS, *RESIDUAL_TOPK)
 BESIDE = dict(positions="concatenated", position_channels=5)
+NEEDS_MORE = ("concatenated", "zero")
 TABLE, LAYER = dict(bigram_table=True), dict(norm="layer")
 OPTIONS = {
     "plain": {},
-    **{f"{f}={x}": {f: x} for f, xs in CHOICES.items() for x in xs if x != "concatenated"},
+    **{f"{f}={x}": {f: x} for f, xs in CHOICES.items() for x in xs if x not in NEEDS_MORE},
+    "positions from zero": dict(positions="learned", position_init="zero"),
     **{f"AbsTopK at {x}": dict(activation_locations=[x]) for x in PLACES},
     "AbsTopK nowhere": dict(activation_locations=[]),
     "all kept": dict(activation_fraction=1.0),
@@ -49,7 +51,9 @@ def mixed(seed):
     flag = lambda: rng.random() < 0.5  # noqa: E731
     drawn = {name: rng.choice(choices) for name, choices in CHOICES.items()}
     beside, layer, table = drawn["positions"] == "concatenated", drawn["norm"] == "layer", flag()
+    start = drawn["position_init"] if drawn["positions"] == "learned" else "normal"
     return drawn | dict(
+        position_init=start,
         activation_fraction=rng.choice([0.25, 0.5, 1.0]),
         activation_locations=[p for p in PLACES if flag()],
         position_channels=rng.choice([1, 6]) if beside else 0,

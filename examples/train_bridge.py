@@ -179,7 +179,7 @@ def main() -> None:
     with compiled(dense, sparse) if args.compile else nullcontext():
         cotrain(dense, sparse, bridges, batches, config, heldout.split(at_once), accelerator)
     if accelerator.is_main_process:
-        facts = {"data": data, "command": " ".join(sys.argv), "arguments": vars(args)}
+        facts = {"data": data, "command": " ".join(["python", *sys.argv]), "arguments": vars(args)}
         kept = dict(heldout=heldout, means_from=means_from, facts=facts)
         run = save_run(args.output_dir, dense, sparse, bridges, **kept)
         find_circuits(args, run, say)

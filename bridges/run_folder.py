@@ -1,7 +1,7 @@
 """A run folder: a sparse model, its bridges and circuits, and where everything came from.
 
 RUN/manifest.json            dense model (name, fingerprint), settings, data, versions
-RUN/sparse/                  config, safetensors, tokenizer, node_means.safetensors
+RUN/sparse/                  config, safetensors, tokenizer, node_means.safetensors, model card
 RUN/bridges/                 state.json, bridges.safetensors
 RUN/heldout.safetensors      validation blocks that no training step saw
 RUN/circuits/<task>/         circuit.json, circuit.safetensors

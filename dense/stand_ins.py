@@ -24,6 +24,8 @@ from .twin import answer, blank, first, forwarding, replaced, take_hidden
 
 Call = tuple[tuple, dict[str, Any]]
 """The positional and keyword arguments of a block, without the hidden states."""
+CAPTURING = "transformers.utils.output_capturing"
+"""Where transformers defines its own hooks; named, because it is imported when it is needed."""
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
 
@@ -163,17 +165,17 @@ class StandIns:
     def _parts(self, k: int) -> tuple[Any, ...]:
         """Return what block `k` runs from site to site: its halves, or itself.
 
-        Raises ValueError if the block is no longer the one that was split.
+        Raises ValueError if the block is no longer the one that was split, or has hooks.
         """
         block, name = self.layout.blocks[k], f"{self.layout.path}.{k} of {family(self.model)}"
         if self.model.get_submodule(self.layout.path)[k] is not block:
             raise ValueError(f"{name} was replaced; open the model again")
         if self.layout.halves and block._modules != self._children[k]:
             raise ValueError(f"children of {name} were replaced; open the model again")
-        if self.layout.halves and (block._forward_hooks or block._forward_pre_hooks):
+        if self.layout.halves and (hooks := _hooks(block)):
             raise ValueError(
-                f"{name} has hooks, which its halves would not run; remove them, or put hooks "
-                "on the modules of hookable()"
+                f"{name} has hooks, which its halves would not run: {', '.join(hooks)}; remove "
+                "them, or put hooks on the modules of hookable()"
             )
         return self._running[k]
 
@@ -196,6 +198,21 @@ class StandIns:
             return out
 
         return forwarding(self.layout.blocks[k], forward)
+
+
+def _hooks(block: nn.Module) -> list[str]:
+    """Return the names of a block's hooks, without those that transformers puts there itself.
+
+    A call with `output_hidden_states=True` leaves hooks that note what a block answers in such a
+    call; they change nothing and are idle otherwise, so halves are exact without them.
+    """
+    found = []
+    for hook in [*block._forward_pre_hooks.values(), *block._forward_hooks.values()]:
+        hook = hook.func if isinstance(hook, partial) else hook
+        named = hook if hasattr(hook, "__qualname__") else type(hook)
+        if named.__module__ != CAPTURING:
+            found.append(f"{named.__qualname__} of {named.__module__}")
+    return found
 
 
 def _first_part(part: nn.Module, h: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -53,13 +53,15 @@ def replaced(root: nn.Module, parts: Mapping[str, nn.Module]) -> nn.Module:
 def deep_twin(root: nn.Module) -> nn.Module:
     """Return a twin of `root` and of everything below it; a module met twice has one twin.
 
-    Whoever wraps or hooks the result, wherever in the tree, leaves the original alone.
+    Whoever wraps or hooks the result, wherever in the tree, leaves the original alone. It has no
+    hooks yet, so it does not say that transformers' own, of `output_hidden_states`, are in place.
     """
     twins: dict[int, nn.Module] = {}
 
     def visit(module: nn.Module) -> nn.Module:
         if id(module) not in twins:
             t = twins[id(module)] = twin(module)
+            t.__dict__.pop("_output_capturing_hooks_installed", None)
             for name, child in module._modules.items():
                 t._modules[name] = None if child is None else visit(child)
         return twins[id(module)]

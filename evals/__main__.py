@@ -11,7 +11,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m evals",
         description="Test a run's bridges and circuits beside their controls; write report.json, "
-        "report.md and report.html into the run folder.",
+        "report.md and report.html into the run folder, and the twin's model card.",
     )
     parser.add_argument("run_dir", metavar="RUN_DIR", help="a folder that train_bridge.py wrote")
     parser.add_argument("--tasks", nargs="+", help="circuits to test, by task name; default: all")

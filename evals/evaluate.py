@@ -14,6 +14,7 @@ from evals.claims.circuit import evaluate_circuit, nonsense_at_size
 from evals.claims.transfer import measure_transfer
 from evals.report.page import page
 from evals.report.report import Report, provenance
+from evals.report.twin_card import twin_card
 from evals.scores.curve import Curve
 from evals.scores.score import Score
 from sparse.circuits.circuit import Circuit
@@ -113,6 +114,9 @@ def _notes(circuits: Mapping[str, Circuit], bridges: Sequence[Score]) -> tuple[s
 def write_report(run: Run, report: Report) -> list[Path]:
     """Write report.json, report.md and report.html into the run folder, all or none.
 
+    The twin's model card is written anew from the report too, with the licence that it had. (The
+    built-in run is only read.)
+
     >>> import tempfile
     >>> from dataclasses import replace
     >>> from pathlib import Path
@@ -125,4 +129,9 @@ def write_report(run: Run, report: Report) -> list[Path]:
     ['report.json', 'report.md', 'report.html']
     """
     log = run.log() if (run.folder / "log.jsonl").is_file() else []
-    return report.save(run.output, {"report.html": page(report, log)})
+    paths = report.save(run.output, {"report.html": page(report, log)})
+    if run.output == run.folder:
+        old = run.sparse.card
+        run.sparse.card = twin_card(report, old.license if old else "unknown")
+        run.sparse.save_card(run.folder / "sparse")
+    return paths

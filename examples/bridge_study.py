@@ -98,21 +98,27 @@ def train_cell(args, cell, folder, dense, train, heldout) -> dict[str, float]:
     """Train one cell; return its scores at all sites, and the seconds it took."""
     from time import process_time
 
+    from bridges import cotrain, validate
+    from sparse import Batches
+
+    sparse, bridges, config = build(args, cell, folder, dense)
+    batches = Batches(train, BATCH, config.train.seed)
+    started = process_time()
+    cotrain(dense, sparse, bridges, batches, config)
+    seconds = process_time() - started
+    some = train[: min(1024, BATCH * args.steps)]  # 131,072 tokens at most
+    least = least_errors(dense, sparse, some, heldout)
+    return {"seconds": seconds} | validate(dense, sparse, bridges, heldout.split(16)) | least
+
+
+def build(args, cell, folder, dense):
+    """The twin of one cell, its bridges and their training."""
     import torch
 
-    from bridges import (
-        BridgeConfig,
-        BridgeSet,
-        CotrainConfig,
-        LossWeights,
-        cotrain,
-        fit_sites,
-        validate,
-    )
-    from sparse import Batches, SparseGPT, SparseGPTConfig, SparsityConfig, TrainConfig
+    from bridges import BridgeConfig, BridgeSet, CotrainConfig, LossWeights
+    from sparse import SparseGPT, SparseGPTConfig, SparsityConfig, TrainConfig
 
     _, fields, twin, shape, seed = CELLS[cell]
-    fields = dict(fields)
     torch.manual_seed(seed)
     width = twin.get("hidden_size", 256)
     sparse = SparseGPT(
@@ -128,24 +134,25 @@ def train_cell(args, cell, folder, dense, train, heldout) -> dict[str, float]:
             eos_token_id=dense.tokenizer.eos_token_id,
         )
     )
+    fields = dict(fields)
+    weights = LossWeights(**fields.pop("weights", {}))
     config = CotrainConfig(
         train=TrainConfig(steps=args.steps, folder=str(folder), seed=seed, checkpoint_every=100),
         sparsity=SparsityConfig(density=DENSITY, embedding_density=4 * DENSITY),
-        weights=LossWeights(**fields.pop("weights", {})),
+        weights=weights,
         **fields,
     )
     bridges = BridgeSet(BridgeConfig.between(dense, sparse, **({"k": K} | shape)), seed=seed)
-    started = process_time()
-    cotrain(dense, sparse, bridges, Batches(train, BATCH, seed), config)
-    seconds = process_time() - started
-    some = train[: min(1024, BATCH * args.steps)]  # 131,072 tokens at most
-    fit = fit_sites(dense, sparse, some.split(16), heldout.split(16))
+    return sparse, bridges, config
+
+
+def least_errors(dense, sparse, train, heldout) -> dict[str, float]:
+    """The FVU of the best affine maps between the finished models, mean over the bridged sites."""
+    from bridges import fit_sites
+
+    fit = fit_sites(dense, sparse, train.split(16), heldout.split(16))
     least = {"encode_least": fit.encoder_fvu, "decode_least": fit.decoder_fvu}
-    return (
-        {"seconds": seconds}
-        | validate(dense, sparse, bridges, heldout.split(16))
-        | {name: fvu.diagonal().mean().item() for name, fvu in least.items()}
-    )
+    return {name: fvu.diagonal().mean().item() for name, fvu in least.items()}
 
 
 def table(rows: dict[str, dict], args) -> str:

@@ -151,57 +151,83 @@ def circuit_row(args, model, name, seed, tokenizer, train) -> dict:
 
 def table(rows: list[dict], args) -> str:
     """The cells and the claims as Markdown."""
-    import numpy as np
-
-    of = {(row["cell"], row["seed"]): row for row in rows}
-    seeds = sorted({row["seed"] for row in rows})
-
-    def nats(cell: str) -> np.ndarray:
-        """Held-out nats per token, per seed."""
-        return np.array([of[cell, s]["nats"] for s in seeds])
-
-    def size(cell: str, what: str) -> np.ndarray:
-        """Log size of the circuits per seed, mean over tasks."""
-        found = [[c[what] for c in of[cell, s]["circuits"]] for s in seeds]
-        return np.log(np.maximum(found, 1)).mean(1)
-
+    seeds = {row["seed"] for row in rows}
     lines = [
         f"{args.steps} steps of {BATCH * LENGTH} tokens, {len(seeds)} seeds; circuits that reach "
         f"{args.target_loss} nats on validation, sizes as geometric means over tasks. In brackets: "
         "least and most over seeds.\n",
+        *table_of_cells(rows),
+        "",
+        *table_of_claims(rows),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def table_of_cells(rows: list[dict]) -> list[str]:
+    """Loss and circuits of every cell."""
+    import numpy as np
+
+    lines = [
         "| cell | width | density | nonzero weights | held-out nats per token | nodes | edges | "
         "nats of the circuits | nats of random circuits of that size |",
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for cell, (width, density) in CELLS.items():
-        circuits = [c for s in seeds for c in of[cell, s]["circuits"]]
+        own = of_cell(rows, cell)
+        circuits = [c for row in own for c in row["circuits"]]
         met = f"{sum(c['met'] for c in circuits)} of {len(circuits)} met"
         entries = [
-            *(cell, width, f"1/{round(1 / density)}", f"{of[cell, seeds[0]]['nonzeros']:,}"),
-            spread(nats(cell), ".3f"),
-            spread(np.exp(size(cell, "nodes")), ".0f"),
-            spread(np.exp(size(cell, "edges")), ".0f"),
+            *(cell, width, f"1/{round(1 / density)}", f"{own[0]['nonzeros']:,}"),
+            spread(nats(rows, cell), ".3f"),
+            spread(np.exp(log_size(rows, cell, "nodes")), ".0f"),
+            spread(np.exp(log_size(rows, cell, "edges")), ".0f"),
             f"{np.mean([c['loss']['circuit/validation'] for c in circuits]):.3f}, {met}",
             f"{np.mean([c['random'] for c in circuits]):.3f}",
         ]
         lines.append(f"| {' | '.join(map(str, entries))} |")
-    lines += [
-        "\n| claim | first cell - second cell | difference, mean over seeds | control: signs "
+    return lines
+
+
+def table_of_claims(rows: list[dict]) -> list[str]:
+    """Every claim about two cells, beside the same comparison with their names exchanged."""
+    lines = [
+        "| claim | first cell - second cell | difference, mean over seeds | control: signs "
         "exchanged, the largest | seeds that agree |",
         "|---|---|--:|--:|--:|",
     ]
     for claim, a, b, loss_sign, size_sign in CLAIMS:
+        nodes, edges = (log_size(rows, a, x) - log_size(rows, b, x) for x in ("nodes", "edges"))
         quantities = {
-            "nats per token": (loss_sign, nats(a) - nats(b)),
-            "log nodes": (size_sign, size(a, "nodes") - size(b, "nodes")),
-            "log edges": (size_sign, size(a, "edges") - size(b, "edges")),
+            "nats per token": (loss_sign, nats(rows, a) - nats(rows, b)),
+            "log nodes": (size_sign, nodes),
+            "log edges": (size_sign, edges),
         }
         for name, (sign, d) in quantities.items():
             says = f"{claim}: {'more' if sign > 0 else 'fewer'} {name}"
             agree = f"{int((sign * d > 0).sum())} of {len(d)}"
             control = sign * exchanged(sign * d)
             lines.append(f"| {says} | {a} - {b} | {d.mean():+.3f} | {control:+.3f} | {agree} |")
-    return "\n".join(lines) + "\n"
+    return lines
+
+
+def of_cell(rows: list[dict], cell: str) -> list[dict]:
+    """The rows of a cell by rising seed."""
+    return sorted((row for row in rows if row["cell"] == cell), key=lambda row: row["seed"])
+
+
+def nats(rows: list[dict], cell: str):
+    """Held-out nats per token, per seed."""
+    import numpy as np
+
+    return np.array([row["nats"] for row in of_cell(rows, cell)])
+
+
+def log_size(rows: list[dict], cell: str, what: str):
+    """Log size of the circuits per seed, mean over tasks."""
+    import numpy as np
+
+    found = [[c[what] for c in row["circuits"]] for row in of_cell(rows, cell)]
+    return np.log(np.maximum(found, 1)).mean(1)
 
 
 def spread(x, form: str) -> str:

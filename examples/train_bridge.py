@@ -39,11 +39,37 @@ PRESETS["gpt2-80gb"] |= GPT2 | dict(accumulate=2)
 PRESETS["gpt2-12gb"] |= GPT2 | dict(accumulate=8)
 DEFAULTS = dict(mixed_precision="no", stream=False, accumulate=1)  # where a preset says nothing
 DEFAULTS |= dict(lr=3e-2, bridge_lr=3e-3, encoder_k=1 / 4, hybrid_weight=1.0)
+EVALUATED = 16  # held-out sequences scored at a time, at most
 LEAST = dict(steps=1, batch=1, length=2, prune_steps=0, threads=1, processes=1, twin_layers=1)
 LEAST["accumulate"] = 1
 
 
 def parse() -> argparse.Namespace:
+    """What the command line says; what makes no sense is refused before anything is loaded."""
+    p = parser()
+    args = p.parse_args()
+    for name, least in LEAST.items():
+        value = getattr(args, name)
+        if value is not None and value < least:
+            p.error(f"--{name} {value} must be at least {least}")
+    if args.expansion is not None and args.expansion <= 0:
+        p.error(f"--expansion {args.expansion} must be above 0")
+    if args.encoder_k is not None and not 0 < args.encoder_k <= 1:
+        p.error(f"--encoder_k {args.encoder_k} must be above 0 and at most 1")
+    if args.dense == "tiny" and args.preset is None:
+        args.preset = "demo"
+    if args.output_dir:
+        folder = Path(args.output_dir)
+        for path in (folder, *folder.parents):
+            if path.is_file():
+                p.error(
+                    f"--output_dir {args.output_dir}: {path} is a file; name a folder, or one to "
+                    "be made"
+                )
+    return args
+
+
+def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -82,22 +108,7 @@ def parse() -> argparse.Namespace:
     p.add_argument("--threads", type=int, help="CPU threads per process; default: its share")
     p.add_argument("--processes", type=int, help="refuse to train on another number of processes")
     p.add_argument("--shard", action="store_true", help="split the parameters among processes")
-    args = p.parse_args()
-    for name, least in LEAST.items():
-        if (value := getattr(args, name)) is not None and value < least:
-            p.error(f"--{name} {value} must be at least {least}")
-    if args.expansion is not None and args.expansion <= 0:
-        p.error(f"--expansion {args.expansion} must be above 0")
-    if args.encoder_k is not None and not 0 < args.encoder_k <= 1:
-        p.error(f"--encoder_k {args.encoder_k} must be above 0 and at most 1")
-    if args.dense == "tiny" and args.preset is None:
-        args.preset = "demo"
-    way = [Path(args.output_dir), *Path(args.output_dir).parents] if args.output_dir else []
-    for path in filter(Path.is_file, way):
-        p.error(
-            f"--output_dir {args.output_dir}: {path} is a file; name a folder, or one to be made"
-        )
-    return args
+    return p
 
 
 def site_map(text: str) -> dict[int, int]:
@@ -114,13 +125,8 @@ def site_map(text: str) -> dict[int, int]:
 
 def fill_defaults(args, dense, device, processes=1) -> None:
     """Choose the preset where none was given, and what it leaves open; refuse what cannot be."""
-    import torch
-
     if args.preset is None:
-        small = dense.model.num_parameters() < 20e6
-        gpu = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
-        large = gpu is not None and gpu.total_memory > 70e9
-        args.preset = "demo" if small else "gpt2-80gb" if large else "gpt2-12gb"
+        args.preset = preset_for(dense, device)
     for name, value in (DEFAULTS | PRESETS[args.preset]).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -135,37 +141,74 @@ def fill_defaults(args, dense, device, processes=1) -> None:
         raise ValueError(f"{args.dense} has {limit} positions; give --length {limit} or less")
 
 
+def preset_for(dense, device) -> str:
+    """The preset for a model and the card at hand."""
+    import torch
+
+    if dense.model.num_parameters() < 20e6:
+        return "demo"
+    if device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory > 70e9:
+        return "gpt2-80gb"
+    return "gpt2-12gb"
+
+
 def main() -> None:
     args = parse()
-    import torch
-    from accelerate import Accelerator, PartialState
-    from accelerate.utils import parse_flag_from_env
+    from accelerate import Accelerator
 
-    from bridges import compiled, cotrain, save_run
-    from dense import DenseModel
-    from sparse import check_processes, get_task
+    from sparse import get_task
 
     for name in args.tasks or ():
         get_task(name)  # an unknown one is told before anything is trained
+    state = join_processes(args)
+    dense = open_dense(args, state.print)
+    fill_defaults(args, dense, state.device, state.num_processes)
+    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    if args.plan or args.preset.startswith("gpt2"):
+        accelerator.print(show_plan(args, dense, accelerator))
+    if not args.plan:
+        run = train_pair(args, dense, accelerator)
+        if accelerator.is_main_process:
+            find_circuits(args, run, accelerator.print)
+            report(args, run, accelerator.print)
+    accelerator.end_training()
+
+
+def join_processes(args):
+    """Meet the other processes of the launch, and share the machine's threads with them."""
+    import torch
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
+    from sparse import check_processes
+
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     check_processes(args.processes, state.num_processes)
     share = (os.cpu_count() or 1) // state.num_processes
     torch.set_num_threads(args.threads or max(1, share))  # accelerate launch would leave one
     threads = torch.get_num_threads()
     state.print(f"{state.num_processes} process(es) on {state.device}, {threads} threads each")
+    return state
+
+
+def open_dense(args, say):
+    """The dense model, which must have a tokenizer."""
+    from dense import DenseModel
+
     dense = DenseModel.from_pretrained(args.dense)
-    state.print(dense.describe())
+    say(dense.describe())
     if dense.tokenizer is None:
         raise ValueError(
             f"{args.dense} has no tokenizer; tokenizer.save_pretrained beside the weights"
         )
-    fill_defaults(args, dense, state.device, state.num_processes)
-    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    return dense
+
+
+def train_pair(args, dense, accelerator):
+    """Co-train the twin and its bridges; the main process saves and returns the run."""
+    from bridges import cotrain, save_run
+
     say = accelerator.print
-    if args.plan or args.preset.startswith("gpt2"):
-        say(show_plan(args, dense, accelerator))
-    if args.plan:
-        return accelerator.end_training()
     sparse, bridges, config = build(args, dense)
     say(f"twin: {sparse.num_parameters():,} parameters, {config.sparsity.density:.4f} kept")
     batches, heldout, means_from, data = read_text(args, dense.tokenizer)
@@ -175,33 +218,43 @@ def main() -> None:
             "tokens, and the report's errors need 2; give more text or a smaller --length"
         )
     say(f"text: {data['name']}, tokens for training: {data.get('tokens', 'as they are read')}")
-    at_once = min(16, max(1, args.batch // (accelerator.num_processes * args.accumulate)))
-    with compiled(dense, sparse) if args.compile else nullcontext():
-        cotrain(dense, sparse, bridges, batches, config, heldout.split(at_once), accelerator)
-    if accelerator.is_main_process:
-        facts = {"data": data, "command": " ".join(sys.argv), "arguments": vars(args)}
-        kept = dict(heldout=heldout, means_from=means_from, facts=facts)
-        run = save_run(args.output_dir, dense, sparse, bridges, **kept)
-        find_circuits(args, run, say)
-        report(args, run, say)
-    accelerator.end_training()
+    per_pass = args.batch // (accelerator.num_processes * args.accumulate)
+    parts = heldout.split(min(EVALUATED, max(1, per_pass)))
+    with perhaps_compiled(args, dense, sparse):
+        cotrain(dense, sparse, bridges, batches, config, parts, accelerator)
+    if not accelerator.is_main_process:
+        return None
+    facts = {"data": data, "command": " ".join(["python", *sys.argv]), "arguments": vars(args)}
+    kept = dict(heldout=heldout, means_from=means_from, facts=facts)
+    return save_run(args.output_dir, dense, sparse, bridges, **kept)
+
+
+def perhaps_compiled(args, dense, sparse):
+    """A context in which both models run compiled, if --compile asks for it."""
+    from bridges import compiled
+
+    if args.compile:
+        return compiled(dense, sparse)
+    return nullcontext()
 
 
 def show_plan(args, dense, accelerator) -> str:
     """Probe the step on this device; return the plan of the run, or of a run's start one line."""
-    from bridges import compiled, plan, time_steps
+    from bridges import plan, time_steps
     from sparse import estimated_tokens, load_corpus
 
     sparse, bridges, config = build(args, dense)  # the probe changes them; training starts anew
-    with compiled(dense, sparse) if args.compile else nullcontext():
+    with perhaps_compiled(args, dense, sparse):
         probed = time_steps(dense, sparse, bridges, config, args.batch, args.length, accelerator)
     tokens = 0  # kept on disk
     if args.plan and not args.stream:
         tokens = estimated_tokens(load_corpus(args.dataset), dense.tokenizer)
-    world = accelerator.num_processes
-    sizes = dict(batch=args.batch, length=args.length, processes=world, text_tokens=tokens)
+    sizes = dict(batch=args.batch, length=args.length, text_tokens=tokens, evaluated=EVALUATED)
+    sizes["processes"] = accelerator.num_processes
     planned = plan(dense, sparse, bridges, config, **sizes, step_time=probed)
-    return f"{args.preset} for {args.dense}\n{planned}" if args.plan else planned.line()
+    if args.plan:
+        return f"{args.preset} for {args.dense}\n{planned}"
+    return planned.line()
 
 
 def read_text(args, tokenizer):
@@ -210,10 +263,8 @@ def read_text(args, tokenizer):
 
     if args.stream:
         batches = StreamingBatches(stream_corpus(args.dataset), tokenizer, args.length, args.batch)
-        heldout, train = (
-            first_blocks(stream_corpus(args.dataset), tokenizer, args.length, n, part)
-            for n, part in ((64, "validation"), (256, "train"))
-        )
+        heldout = first_blocks(stream_corpus(args.dataset), tokenizer, args.length, 64)
+        train = first_blocks(stream_corpus(args.dataset), tokenizer, args.length, 256, "train")
         return batches, heldout, train, {"name": args.dataset or "Python's own sources"}
     corpus = load_corpus(args.dataset)
     cache = Path(args.output_dir).parent / "tokens"  # shared by the runs beside each other
@@ -279,8 +330,7 @@ def find_circuits(args, run, say) -> None:
     done, mark, settings = run.circuits(), run.sparse.fingerprint(), asdict(config)
     for name in args.tasks:
         for task in (get_task(name), get_task(f"{name}:nonsense")):
-            old = done.get(task.name)
-            if old and old.model_fingerprint == mark and settings.items() <= old.config.items():
+            if made_so(done.get(task.name), mark, settings):
                 continue
             try:
                 circuit = prune(run.sparse, task, config)
@@ -291,6 +341,13 @@ def find_circuits(args, run, say) -> None:
             say(str(circuit))
 
 
+def made_so(circuit, fingerprint: str, settings: dict) -> bool:
+    """Whether there is a circuit, of this model, and pruned with these settings."""
+    if circuit is None or circuit.model_fingerprint != fingerprint:
+        return False
+    return settings.items() <= circuit.config.items()
+
+
 def report(args, run, say) -> None:
     """Test everything beside its controls, print the table and what to do next."""
     from evals import evaluate_run, table, write_report
@@ -299,10 +356,14 @@ def report(args, run, say) -> None:
     paths = write_report(run, result)
     say(table(result))
     say("\nwrote " + "\n      ".join(str(path) for path in paths))
-    again = " --quick" * (args.preset == "smoke") + f" --seed {args.seed}" * (args.seed != 0)
+    again = f"python -m evals {run.folder}"
+    if args.preset == "smoke":
+        again += " --quick"
+    if args.seed != 0:
+        again += f" --seed {args.seed}"
     next_ = [
         f"open {paths[-1]} in a browser",
-        f"python -m evals {run.folder}{again}    the same report again",
+        f"{again}    the same report again",
         f"python examples/find_circuit.py {run.folder} --task FILE.jsonl    your own task",
     ]
     if run.circuits():

@@ -177,59 +177,86 @@ def build(recipe, tokenizer):
     )
 
 
-def main() -> None:
-    args = parse_args()
-    import torch
-    from transformers import AutoTokenizer
-
-    from sparse import Batches, load_corpus, pack
-
-    recipe = Recipe()
-    steps = min(args.steps, 20) if args.smoke else args.steps
-    args.output_dir.mkdir(parents=True, exist_ok=True)  # fails now rather than after the training
-    torch.manual_seed(args.seed)
+def read_text(args):
+    """The corpus, and its documents to train on and to validate on."""
+    from sparse import load_corpus
 
     corpus = load_corpus(args.dataset)
     documents, held_out = corpus.train, corpus.validation
     if args.smoke:
         documents, held_out = documents[:60], held_out[:4]
     print(f"{corpus.name}: {len(documents)} documents to train on, {len(held_out)} to validate")
+    return corpus, documents, held_out
+
+
+def tokenizer_of(args, documents):
+    """The tokenizer that was given, or one trained on the documents."""
+    from transformers import AutoTokenizer
+
     if args.tokenizer:
-        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
-    else:
-        tokenizer = train_tokenizer(documents)
+        return AutoTokenizer.from_pretrained(args.tokenizer)
+    return train_tokenizer(documents)
+
+
+def tokens_per_byte(tokenizer, texts) -> float:
+    """Tokens of the texts over their bytes in UTF-8."""
+    n_tokens = sum(len(ids) for ids in tokenizer(texts, verbose=False)["input_ids"])
+    return n_tokens / sum(len(text.encode()) for text in texts)
+
+
+def command(args) -> str:
+    """The command that makes this model again."""
+    words = f"python examples/train_dense.py --steps {args.steps} --seed {args.seed}"
+    words += " --output_dir OUT"
+    if args.smoke:
+        words += " --smoke"
+    return words
+
+
+def main() -> None:
+    args = parse_args()
+    import torch
+
+    from sparse import Batches, pack
+
+    recipe = Recipe()
+    steps = min(args.steps, 20) if args.smoke else args.steps
+    args.output_dir.mkdir(parents=True, exist_ok=True)  # fails now rather than after the training
+    torch.manual_seed(args.seed)
+    corpus, documents, held_out = read_text(args)
+    tokenizer = tokenizer_of(args, documents)
     validation = pack(held_out, tokenizer, recipe.length)
     batches = Batches(pack(documents, tokenizer, recipe.length), recipe.batch_size, args.seed)
-
     model = build(recipe, tokenizer)
-    tokens_per_byte = sum(len(ids) for ids in tokenizer(held_out, verbose=False)["input_ids"])
-    tokens_per_byte /= sum(len(text.encode()) for text in held_out)
+    per_byte = tokens_per_byte(tokenizer, held_out)
     start = time.perf_counter()
 
     def save(step):
         nats = validate(model, validation)
-        seconds = round(time.perf_counter() - start)
-        command = f"python examples/train_dense.py --steps {args.steps} --seed {args.seed}"
         card = {
             "corpus": corpus.name,
             "corpus_fingerprint": corpus.fingerprint,
             "python": platform.python_version(),
             "torch": torch.__version__,
             "parameters": model.num_parameters(),
-            "command": command + " --output_dir OUT" + (" --smoke" if args.smoke else ""),
+            "command": command(args),
             "seed": args.seed,
             "steps": f"{step} of {steps}",
             "tokens_seen": step * recipe.batch_size * recipe.length,
             "training_tokens": batches.blocks.numel(),
             "validation_tokens": validation.numel(),
             "validation_nats_per_token": round(nats, 4),
-            "validation_nats_per_byte": round(nats * tokens_per_byte, 4),
-            "seconds": seconds,
+            "validation_nats_per_byte": round(nats * per_byte, 4),
+            "seconds": round(time.perf_counter() - start),
         }
         write(args.output_dir, model, tokenizer, card)
         print(f"step {step}: validation {nats:.3f} nats per token; wrote {args.output_dir}")
 
-    train(model, batches, steps, recipe, lambda step: save(step) if step == args.save_at else None)
+    def each_step(step):
+        if step == args.save_at:
+            save(step)
+
+    train(model, batches, steps, recipe, each_step)
     save(steps)
     print(f"next: python examples/train_bridge.py --dense {args.output_dir} --output_dir runs/one")
 

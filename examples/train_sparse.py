@@ -76,23 +76,24 @@ def recipe(args: argparse.Namespace, vocab_size: int):
     )
 
 
+def read_text(args: argparse.Namespace, tokenizer, length: int):
+    """The corpus, its training blocks, and a few batches of held-out blocks."""
+    from sparse import load_corpus, pack
+
+    corpus = load_corpus(args.dataset)
+    cache = Path(args.output_dir).parent / "tokens"  # shared by the runs beside each other
+    blocks = pack(corpus.train, tokenizer, length, cache=cache)
+    held = pack(corpus.validation, tokenizer, length, cache=cache).split(16)[:8]
+    return corpus, blocks, held
+
+
 def main() -> None:
     args = parse()
     import torch
     from accelerate import Accelerator
 
     from dense import tiny
-    from sparse import (
-        Batches,
-        Card,
-        Metric,
-        SparseGPT,
-        heldout_nats,
-        load_corpus,
-        pack,
-        pretrain,
-        unigram_nats,
-    )
+    from sparse import Batches, SparseGPT, heldout_nats, pretrain, unigram_nats
 
     tokenizer = tiny().tokenizer
     preset = recipe(args, len(tokenizer))
@@ -102,10 +103,7 @@ def main() -> None:
     accelerator = Accelerator(mixed_precision=preset.pretrain.train.mixed_precision)
     say = accelerator.print
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // accelerator.num_processes))
-    corpus = load_corpus(args.dataset)
-    cache = Path(args.output_dir).parent / "tokens"  # shared by the runs beside each other
-    blocks = pack(corpus.train, tokenizer, preset.length, cache=cache)
-    held = pack(corpus.validation, tokenizer, preset.length, cache=cache).split(16)[:8]
+    corpus, blocks, held = read_text(args, tokenizer, preset.length)
     batches = Batches(blocks, preset.batch_size, args.seed)
     say(f"{model.num_parameters():,} parameters, {args.density:.4f} of the matrices kept at last")
     say(f"{corpus.name}: {blocks.numel():,} training tokens")
@@ -116,24 +114,31 @@ def main() -> None:
     say(f"held out: {loss:.3f} nats per token; knowing only how often tokens occur {unigram:.3f},")
     say(f"          before training, with every weight {start:.3f}")
     if accelerator.is_main_process:
-        what = dict(name="held-out cross entropy", value=loss, unit="nats per token")
-        model.card = Card(
-            command=" ".join(["python", *sys.argv]),
-            data=f"{corpus.name}, sha256 {corpus.fingerprint[:16]}",
-            tokens=args.steps * preset.batch_size * preset.length,
-            steps=args.steps,
-            seed=args.seed,
-            metrics=(
-                Metric(**what, control="unigram frequencies", control_value=unigram),
-                Metric(**what, control="the same model, untrained", control_value=start),
-            ),
-            fingerprint=model.fingerprint(),
-            notes="Trained by examples/train_sparse.py; biases are sparse, as in the paper.",
-        )
+        controls = {"unigram frequencies": unigram, "the same model, untrained": start}
+        model.card = card(args, preset, corpus, model, loss, controls)
         model.save_pretrained(args.output_dir)
         tokenizer.save_pretrained(args.output_dir)
         say(f"wrote {args.output_dir}; open it with SparseGPT.from_pretrained")
     accelerator.end_training()
+
+
+def card(args: argparse.Namespace, preset, corpus, model, loss: float, controls: dict[str, float]):
+    """The model card: how the model was made, and its loss beside its controls."""
+    from sparse import Card, Metric
+
+    what = dict(name="held-out cross entropy", value=loss, unit="nats per token")
+    return Card(
+        command=" ".join(["python", *sys.argv]),
+        data=f"{corpus.name}, sha256 {corpus.fingerprint[:16]}",
+        tokens=args.steps * preset.batch_size * preset.length,
+        steps=args.steps,
+        seed=args.seed,
+        metrics=tuple(
+            Metric(**what, control=name, control_value=nats) for name, nats in controls.items()
+        ),
+        fingerprint=model.fingerprint(),
+        notes="Trained by examples/train_sparse.py; biases are sparse, as in the paper.",
+    )
 
 
 if __name__ == "__main__":

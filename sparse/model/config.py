@@ -34,11 +34,12 @@ CHOICES = {
     "residual_activation": ("identity", "relu"),
     "norm": ("rms", "layer"),
     "positions": ("none", "learned", "concatenated"),
+    "position_init": ("normal", "zero"),
 }
 FLAGS = ("attention_sinks", "linear_bias", "norm_bias", "logits_bias", "position_sinusoids")
 FLAGS += ("position_dropout", "bigram_table", "bigram_fixed", "bigram_freeze_last")
 TRAINING_ONLY = ("use_cache", "initializer_range", "dropout", "position_dropout")
-TRAINING_ONLY += ("position_sinusoids", "bigram_fixed", "bigram_freeze_last")
+TRAINING_ONLY += ("position_init", "position_sinusoids", "bigram_fixed", "bigram_freeze_last")
 LATER = ("norm", "norm_bias", "layer_norm_eps", "linear_bias", "residual_activation")
 LATER += ("position_channels", "logits_bias")
 
@@ -80,6 +81,9 @@ class SparseGPTConfig(PreTrainedConfig):
     """"learned": a table added to the embeddings. "concatenated": channels beside the residual that
     sublayers read and never write; they widen the input of W_qkv and W_fc
     (docs/method.md#positions)."""
+    position_init: str = "normal"
+    """How a "learned" table starts: "normal", N(0, initializer_range^2), or "zero", from where it
+    trains too, as in the authors' script."""
     position_channels: int = 0
     """Width of concatenated positions; 0 otherwise."""
     position_sinusoids: bool = False
@@ -151,6 +155,11 @@ class SparseGPTConfig(PreTrainedConfig):
             raise ValueError(
                 f"SparseGPTConfig.position_channels={channels!r} must be at least 1 with "
                 f"positions='concatenated' and 0 without, but positions={self.positions!r}"
+            )
+        if self.position_init == "zero" and self.positions != "learned":
+            raise ValueError(
+                "SparseGPTConfig.position_init='zero' needs positions='learned', the one table "
+                f"that it starts, but positions={self.positions!r}"
             )
         needs = {
             "position_sinusoids": (beside, "positions='concatenated'"),

@@ -84,6 +84,13 @@ class SparseGPTModel(SparseGPTPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        learned = module if isinstance(module, nn.Embedding) and module is self.wpe else None
+        if learned is not None and self.config.position_init == "zero":
+            init.zeros_(learned.weight)  # drawn first, so that all other weights stay as they were
+
     def prepare(self, inputs_embeds: Tensor, attention_mask=None, position_ids=None, past=None):
         """The residual at site 0, and what every block is called with beside it."""
         z = inputs_embeds

@@ -85,7 +85,10 @@ def read_config(values: dict[str, Any], positions: bool, logits_bias: bool) -> S
 
 
 def write_config(config: SparseGPTConfig, tokenizer_name: str = "tinypython_2k") -> dict[str, Any]:
-    """Return the `beeg_config.json` of a config; one that the format cannot express is refused."""
+    """Return the `beeg_config.json` of a config; one that the format cannot express is refused.
+
+    Every key is in FIELDS and none in IGNORED, because the authors' loader takes no others.
+    """
     eps = "rms_norm_eps" if config.norm == "rms" else "layer_norm_eps"
     fixed = RMS_EPS if config.norm == "rms" else LAYER_EPS
     if getattr(config, eps) != fixed:
@@ -116,7 +119,6 @@ def write_config(config: SparseGPTConfig, tokenizer_name: str = "tinypython_2k")
         "tokenizer_name": tokenizer_name,
         "enable_bigram_table": config.bigram_table,
         "learnable_bigram_table": config.bigram_table and not config.bigram_fixed,
-        "bigram_table_rank": None,  # ignored, but the authors' loader wants it there
         "d_pos_emb": config.position_channels or None,
         "dropout_cat_pos_emb": config.position_dropout,
         "sinusoidal_cat_pos_emb": config.position_sinusoids,

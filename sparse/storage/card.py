@@ -70,11 +70,11 @@ class Card:
     """The exact command that made the model."""
     data: str
     """What it was trained on: name, revision, split."""
-    tokens: int
-    """Training tokens seen."""
-    steps: int
+    tokens: int | None
+    """Training tokens seen; None, here and below, where it was not recorded."""
+    steps: int | None
     """Optimizer steps."""
-    seed: int
+    seed: int | None
     """Random seed."""
     metrics: tuple[Metric, ...] = ()
     """Measured numbers with their controls."""
@@ -93,8 +93,13 @@ class Card:
             _need_text(self, name)
         for name in ("tokens", "steps", "seed"):
             value = getattr(self, name)
+            if value is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ValueError(f"Card.{name}={value!r} must be an integer, at least 0")
+                raise ValueError(
+                    f"Card.{name}={value!r} must be an integer, at least 0, or None where it was "
+                    "not recorded"
+                )
         bare = [m for m in self.metrics if not isinstance(m, Metric)]
         if bare or not isinstance(self.metrics, tuple):
             raise ValueError(
@@ -228,8 +233,10 @@ def _making(card: Card | None) -> str:
         return "It was not recorded how this model was made."
     longest = max(map(len, re.findall(r"`+", card.command)), default=0)
     fence = "`" * max(3, longest + 1)
-    facts = [("data", card.data), ("training tokens", f"{card.tokens:,}")]
-    facts += [("optimizer steps", f"{card.steps:,}"), ("seed", str(card.seed))]
+    counts = {"training tokens": card.tokens, "optimizer steps": card.steps}
+    facts = [("data", card.data)]
+    facts += [(name, "not recorded" if n is None else f"{n:,}") for name, n in counts.items()]
+    facts.append(("seed", "not recorded" if card.seed is None else str(card.seed)))
     if card.twin_of:
         facts.append(("sparse twin of", card.twin_of))
     return f"{fence}bash\n{card.command}\n{fence}\n\n{_table(('fact', 'value'), facts)}"

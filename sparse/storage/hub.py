@@ -122,6 +122,14 @@ class SavedModel(PreTrainedModel):
         if push_to_hub and is_main_process:
             self.push_to_hub(**({"repo_id": folder.name} | hub), sparse=sparse, **kwargs)
 
+    def save_card(self, folder: str | Path) -> None:
+        """Write README.md and card.json beside the weights of an earlier save, and no weights.
+
+        As in `save_pretrained`, a README.md that somebody else wrote is left alone.
+        """
+        files = Path(folder).glob("model*.safetensors")
+        self._write_card(folder, compressed=any([is_compressed(file) for file in files]))
+
     def push_to_hub(  # pyright: ignore[reportIncompatibleVariableOverride]
         self,
         repo_id: str,

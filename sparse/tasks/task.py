@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -64,6 +65,28 @@ class Task:
                             f"task {self.name}: {context!r} is in {owner[context]} and in {split}; "
                             "a context may be in one split only, or the held-out loss means nothing"
                         )
+
+    def __repr__(self) -> str:
+        parts = [repr(self.name), self._sizes(), self._targets(), repr(shorten(self.meaning, 80))]
+        return f"Task({', '.join(parts)})"
+
+    def __str__(self) -> str:
+        first = self.train[0]
+        meaning = f": {self.meaning}" if self.meaning else ""
+        return (
+            f"task {self.name}{meaning}\n"
+            f"  {self._sizes()}, {self._targets()}\n"
+            f"  {first.context_1!r} -> {first.target_1!r}\n"
+            f"  {first.context_2!r} -> {first.target_2!r}"
+        )
+
+    def _sizes(self) -> str:
+        return " + ".join(f"{len(self.pairs(split))} {split}" for split in SPLITS) + " pairs"
+
+    def _targets(self) -> str:
+        pairs = dict.fromkeys((p.target_1, p.target_2) for s in SPLITS for p in self.pairs(s))
+        (a, b), *more = pairs
+        return f"targets {a!r} and {b!r}" + (f" and {len(more)} more" if more else "")
 
     def pairs(self, split: str) -> tuple[Pair, ...]:
         """Return the pairs of a split."""

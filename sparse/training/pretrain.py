@@ -34,8 +34,8 @@ takes the last column.
     sparse_biases        True            False               False           True
     floor_axis           neurons         neurons             rows            neurons
     -- SparseGPTConfig
-    positions            none            learned, table      none            none
-                                         zero at first
+    positions            none            learned             none            none
+    position_init        -               zero                -               zero, if learned
     bigram_table         True            True                False           True
     bigram_fixed         False           False; True in      -               False
                                          older models

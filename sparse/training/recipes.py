@@ -49,8 +49,9 @@ def gao2025(
     (docs/method.md#the-training-step.) `model`, `sparsity`, `train` and `recipe` replace single
     fields of SparseGPTConfig, SparsityConfig, TrainConfig and PretrainConfig. Attention sinks are
     on, as in the authors' later models. The row of the last token, which should be the end of
-    text, is not trained in the bigram table; model=dict(bigram_freeze_last=False) trains it. Raises
-    ValueError where e and pfrac ask for more than every weight.
+    text, is not trained in the bigram table; model=dict(bigram_freeze_last=False) trains it. A
+    position table, by model=dict(positions="learned"), starts at zero. Raises ValueError where e
+    and pfrac ask for more than every weight.
 
     >>> from sparse import gao2025
     >>> preset = gao2025("runs/e4", expansion=4, pfrac=1 / 4)
@@ -58,7 +59,25 @@ def gao2025(
     (1024, 0.015625, 244140)
     """
     width = _width(expansion, pfrac)
-    shape: dict[str, Any] = dict(
+    densities: dict[str, Any] = dict(
+        density=pfrac / expansion**2, embedding_density=pfrac / expansion
+    )
+    steps = steps or int(tokens // (batch_size * length))
+    return Preset(
+        model=_shape(width, model or {}),
+        pretrain=PretrainConfig(
+            train=TrainConfig(**{"steps": steps, "folder": folder, **(train or {})}),
+            sparsity=SparsityConfig(**densities | (sparsity or {})),
+            **recipe,
+        ),
+        batch_size=batch_size,
+        length=length,
+    )
+
+
+def _shape(width: int, changed: dict[str, Any]) -> SparseGPTConfig:
+    """Return the published shape with the changed fields; a learned position table is zero."""
+    published: dict[str, Any] = dict(
         vocab_size=2048,
         hidden_size=width,
         intermediate_size=4 * width,
@@ -72,20 +91,9 @@ def gao2025(
         bigram_freeze_last=True,
         positions="none",
     )
-    densities: dict[str, Any] = dict(
-        density=pfrac / expansion**2, embedding_density=pfrac / expansion
-    )
-    steps = steps or int(tokens // (batch_size * length))
-    return Preset(
-        model=SparseGPTConfig(**shape | (model or {})),
-        pretrain=PretrainConfig(
-            train=TrainConfig(**{"steps": steps, "folder": folder, **(train or {})}),
-            sparsity=SparsityConfig(**densities | (sparsity or {})),
-            **recipe,
-        ),
-        batch_size=batch_size,
-        length=length,
-    )
+    if changed.get("positions") == "learned":
+        published["position_init"] = "zero"
+    return SparseGPTConfig(**published | changed)
 
 
 def _width(expansion: int | float, pfrac: int | float) -> int:

@@ -1,0 +1,89 @@
+"""The model card of a run's twin: what the report measured of it, each number with its control."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import prod
+from typing import Any
+
+from evals.scores.score import Score
+from sparse.storage.card import Card, Metric
+
+from .report import CAVEAT, Report
+
+CIRCUIT = ": the circuit in the sparse model"
+"""How the heading of a circuit's section ends; the task's name stands before it."""
+TOLD = ("circuit.sufficiency", "circuit.necessity", "circuit.nodes", "circuit.nonsense")
+"""The rows of such a section that the card repeats, by how their keys begin."""
+WHERE = (
+    "The run's report.md has every number with its standard error and its verdict, and so for the "
+    "bridges and for what the circuits do in the dense model."
+)
+QUICK = "The report was a quick one, on fewer blocks than the run holds out."
+
+
+def twin_card(report: Report, license: str = "unknown") -> Card:
+    """Return the card of the twin that `report` measured; how it was made is the run's manifest.
+
+    What the manifest does not say is not recorded. The fingerprint is that of the measured weights.
+    """
+    run = report.provenance.get("run", {})
+    asked, data = run.get("arguments", {}), run.get("data", {})
+    sizes = [asked.get(name) for name in ("steps", "batch", "length")]
+    hints = [QUICK] if report.provenance.get("quick") else []
+    hints += [f"- {note}" for note in report.notes]
+    return Card(
+        command=run.get("command", "# not recorded"),
+        data=_text(data),
+        tokens=None if None in sizes else prod(sizes),
+        steps=asked.get("steps"),
+        seed=asked.get("seed"),
+        metrics=(*_twin(report), *_circuits(report)),
+        fingerprint=run.get("sparse", {}).get("fingerprint", ""),
+        license=license,
+        twin_of=run.get("dense", {}).get("name", ""),
+        notes="\n".join([WHERE, "", CAVEAT, "", *hints]),
+    )
+
+
+def _text(data: dict[str, Any]) -> str:
+    name, mark = data.get("name", "not recorded"), data.get("fingerprint")
+    return f"{name}, sha256 {mark[:16]}" if mark else name
+
+
+def _twin(report: Report) -> Iterator[Metric]:
+    """Yield how well the twin predicts held-out text, and how near it is to the dense model."""
+    rows = {row.key: row for row in report.sections.get("Bridges", ())}
+    if own := rows.get("bridge.ce.sparse"):
+        name = f"held-out cross entropy, mean over {own.n} blocks"
+        yield _metric(name, own)
+        if dense := rows.get("bridge.ce.dense"):
+            yield Metric(
+                name=name,
+                value=own.value,
+                unit=own.unit,
+                control="the dense model",
+                control_value=dense.value,
+            )
+    if kl := rows.get("bridge.kl"):
+        yield _metric(f"held-out KL(dense || sparse), mean over {kl.n} blocks", kl)
+
+
+def _circuits(report: Report) -> Iterator[Metric]:
+    """Yield size and losses of every circuit, beside random circuits and the nonsense twin's."""
+    for heading, row in report:
+        if heading.endswith(CIRCUIT) and row.key.startswith(TOLD):
+            mean = f", mean over {row.n} pairs" if row.n > 1 else ""
+            task = heading.removesuffix(CIRCUIT)
+            yield _metric(f"{task}: {row.name}, {row.better} is better{mean}", row)
+
+
+def _metric(name: str, row: Score) -> Metric:
+    several = f"mean of {row.n_draws} " if row.n_draws > 1 else ""
+    return Metric(
+        name=name,
+        value=row.value,
+        unit=row.unit,
+        control=f"{several}{row.control_name}",
+        control_value=row.control,
+    )

@@ -101,7 +101,7 @@ def build(size: str, fields: dict, dtype=torch.float32, density=1 / 64):
     module = Cotraining(dense, sparse, bridges, config)
     ids = torch.randint(0, vocab, (batch, n_pos))
     bridges.calibrate(dense.residuals(ids))
-    project_model_(module.plan, module.config.sparsity.densities(1000, 1000))
+    project_model_(module.sparsifier.budgets, module.config.sparsity.densities(1000, 1000))
     return module, ids
 
 
@@ -230,7 +230,7 @@ class Plain:
         for p in self.params:
             p.grad /= rms + 1e-5
         self.adam.step()
-        for b in self.module.plan:
+        for b in self.module.sparsifier.budgets:
             self.project(b.weight, b.keep((1 / 64, 1 / 64)), b.floor, b.dim)
 
     @torch.no_grad()

@@ -13,10 +13,11 @@ import sys
 import sysconfig
 import tempfile
 from collections.abc import Callable
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
+
+from tests.offline import sitecustomize as offline
 
 ROOT = Path(__file__).resolve().parents[1]
 OFFLINE = ROOT / "tests" / "offline"
@@ -34,10 +35,6 @@ os.environ |= {
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads that wait for one another are slower
 for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_CACHE"):
     os.environ.pop(name, None)
-
-_spec = spec_from_file_location("offline", OFFLINE / "sitecustomize.py")
-offline = module_from_spec(_spec)
-_spec.loader.exec_module(offline)
 
 SMOKE = {  # example: what is appended to its README command to make it small (the last flag wins)
     "train_bridge.py": "--preset smoke --threads 1 --dataset text.txt --tasks single_double_quote "

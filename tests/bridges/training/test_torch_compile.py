@@ -4,12 +4,9 @@ In a process of its own without jaxtyping, whose checks cannot be traced (house 
 """
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from tests.helpers.processes import run_python
+
 CODE = """
 import json, torch
 from torch._dynamo.utils import counters
@@ -82,17 +79,7 @@ print(json.dumps({
 
 
 def test_a_compiled_step_has_the_losses_gradients_and_names_of_the_plain_one():
-    environment = {"JAXTYPING_DISABLE": "1", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-c", CODE],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
-    out = json.loads(done.stdout.splitlines()[-1])
+    out = json.loads(run_python("-c", CODE, JAXTYPING_DISABLE="1").splitlines()[-1])
     assert out["losses"] < 1e-5 and out["gradients"] < 1e-4, out
     assert out["another step"] > 1e-2, out  # control
     assert out["same names"] and not out["left behind"], out

@@ -35,7 +35,7 @@ VARIANTS = {
     "eager": dict(attn_implementation="eager"),
 }
 BESIDE = dict(positions="concatenated", position_channels=5)
-RARE = {  # what only the released format asks for; its oracle is in test_release.py
+RARE = {  # what only the released format asks for; the oracle is in release/test_model.py
     "beside": BESIDE,
     "beside, sinusoids": BESIDE | dict(position_sinusoids=True, position_channels=6),
     "layer norm": BESIDE | dict(norm="layer", norm_bias=True, linear_bias=False),

@@ -2,9 +2,13 @@
 
 As a script, in a process of its own because triton reads TRITON_INTERPRET when it is imported:
 
-    TRITON_INTERPRET=1 python project_cases.py interpreter     the kernels on a CPU
-    python project_cases.py cuda                               project_ on a GPU
-    python project_cases.py sm_90                              compile for a GPU that is not here
+    TRITON_INTERPRET=1 python -m tests.helpers.project_cases MODE
+
+with a MODE of
+
+    interpreter     the kernels on a CPU
+    cuda            project_ on a GPU
+    sm_90           compile for a GPU that is not here
 
 prints one JSON object.
 """
@@ -13,12 +17,10 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
 AS_INT = {4: torch.int32, 2: torch.int16, 8: torch.int64}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -66,9 +68,8 @@ def compare(project_: Callable, shapes, device: str, dtypes=DTYPES) -> dict:
 
 def compile_all() -> dict:
     """Compile every kernel for sm_90, without a GPU, and read what it takes."""
-    from kernel_cases import compile_for_sm_90
-
     from sparse.ops import project_cuda as k
+    from tests.helpers.sm_90 import compile_for_sm_90
 
     digits = {"BINS": k.BINS, "BLOCK": k.BLOCK}
     jobs = [

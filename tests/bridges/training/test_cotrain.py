@@ -1,9 +1,6 @@
 import copy
 import inspect
 import json
-import os
-import subprocess
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -22,8 +19,8 @@ from sparse.text.batches import Batches
 from sparse.training.config import TrainConfig
 from sparse.training.loop import fit
 from sparse.training.sparsity import SparsityConfig
+from tests.helpers.processes import run_helper
 
-HERE = Path(__file__).parent
 ALL = LossWeights()
 TERMS = ("ce", "kl", "encode", "decode", "up", "down")
 
@@ -450,14 +447,6 @@ def test_resuming_with_other_models_or_settings_is_refused(
         cotrain(build.dense(seed=9), sparse, bridges, batches, make(tmp_path, steps=2))
 
 
-def run_script(name, *args, timeout):
-    env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    command = [sys.executable, str(HERE / name), *map(str, args)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 def logged(folder):
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     kept = [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines]
@@ -465,7 +454,7 @@ def logged(folder):
 
 
 def test_a_run_killed_at_any_step_and_resumed_is_the_undisturbed_run_bit_for_bit(tmp_path):
-    out = run_script("killed.py", tmp_path, timeout=300)
+    out = run_helper("killed_cotraining", tmp_path)
     kills = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
     assert len(kills) == 4 and all(k["signal"] == 9 and 0 < k["lines"] < 24 for k in kills), kills
     whole, steps = logged(tmp_path / "whole")
@@ -484,7 +473,7 @@ def test_two_processes_train_as_one_on_the_joint_batch(tmp_path):
     There, losses and gradients agree up to the order of summation; normalised and squared by Adam
     at eps 1e-8, rounding can flip the sign of a bridge's smallest steps, hence the looser bound.
     """
-    run_script("two_processes.py", tmp_path, timeout=300)
+    run_helper("cotraining_in_two", tmp_path)
     joint = load_file(tmp_path / "one-0.safetensors")
     for rank in (0, 1):
         mine = load_file(tmp_path / f"two-{rank}.safetensors")

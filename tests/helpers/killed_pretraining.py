@@ -1,7 +1,9 @@
 """Pretrain in processes that are killed and started again; print each kill.
 
-    python tests/sparse/killed.py FOLDER random     at moments drawn with a fixed seed
-    python tests/sparse/killed.py FOLDER writing    at every operation on files, one after another
+    python -m tests.helpers.killed_pretraining FOLDER HOW
+
+    random     at moments drawn with a fixed seed
+    writing    at every operation on files, one after another
 
 FOLDER/whole is undisturbed, FOLDER/random or FOLDER/writing is not. Every run is a process of its
 own, forked before anything was computed, so that torch is imported once.
@@ -16,13 +18,10 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from small_run import HELD, batches, build, preset
-
 import sparse.storage.atomic
 import sparse.storage.checkpoint
 from sparse.training.pretrain import pretrain
+from tests.helpers.small_run import HELD, batches, build, preset
 
 
 def train(folder: Path) -> None:

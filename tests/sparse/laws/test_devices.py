@@ -1,9 +1,7 @@
 """A launch that came out as other processes than were asked for is refused."""
 
-import os
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,22 +14,20 @@ from sparse.training.config import TrainConfig
 from sparse.training.pretrain import pretrain
 from sparse.training.processes import accelerator_for
 from sparse.training.shard import prepared
+from tests.helpers.processes import ROOT, environment
+from tests.helpers.small_run import batches, build, preset
 
-sys.path.insert(0, str(Path(__file__).parent))
-from small_run import batches, build, preset
-
-sys.path.remove(str(Path(__file__).parent))  # it was there for the line above
-SCRIPT = str(Path(__file__).with_name("launched.py"))
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
 NONE = {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT", "WORLD_SIZE", "ACCELERATE_USE_CPU"}
 
 
 def start(command, *args, **env):
-    env = {k: v for k, v in os.environ.items() if k not in NONE} | env
-    env |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
-    command = [*command, SCRIPT, *args]
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    env = {k: v for k, v in environment().items() if k not in NONE} | env
+    env |= {"CUDA_VISIBLE_DEVICES": ""}
+    command = [*command, "-m", "tests.helpers.launched", *args]
+    quiet = dict(stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    return subprocess.Popen(command, cwd=ROOT, env=env, **quiet)
 
 
 def test_a_launch_that_silently_trains_alone_is_refused_and_the_remedy_trains_together():

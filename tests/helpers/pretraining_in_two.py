@@ -1,6 +1,6 @@
 """Pretrain in one process and in two (gloo); write what came out of each.
 
-    python tests/sparse/two_processes.py FOLDER
+    python -m tests.helpers.pretraining_in_two FOLDER
 
 FOLDER/NAME.json and FOLDER/NAME.safetensors, with `-RANK` before the suffix for two processes.
 """
@@ -11,17 +11,15 @@ import signal
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 import torch
 from accelerate import Accelerator, debug_launcher
 from safetensors.torch import save_file
-from small_run import HELD, batches, build, preset
 
 from sparse.training.heldout import heldout_nats
 from sparse.training.loop import fit
 from sparse.training.pretrain import Pretraining
 from sparse.training.processes import Interrupted
+from tests.helpers.small_run import HELD, batches, build, preset
 
 
 def train(out: str, name: str, run: str, passes: int = 1, asks: int = -1) -> None:

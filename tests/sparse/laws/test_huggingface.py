@@ -1,4 +1,4 @@
-"""What Hugging Face's tools ask of a model, beyond what test_model.py says of this one."""
+"""What Hugging Face's tools ask of a model, beyond what test_gpt.py says of this one."""
 
 import nnsight
 import pytest

@@ -1,5 +1,4 @@
 import json
-import os
 import re
 import subprocess
 import sys
@@ -15,8 +14,8 @@ from transformers import AutoModel
 from sparse.model.config import SparseGPTConfig
 from sparse.model.gpt import SparseGPT
 from sparse.storage.card import OURS, Card, Metric, markdown
+from tests.helpers.processes import environment
 
-ROOT = Path(__file__).resolve().parents[2]
 METRIC = dict(
     name="validation loss, mean over 4,096 tokens",
     value=3.25,
@@ -219,10 +218,9 @@ def test_a_stranger_loads_it_with_the_lines_of_the_readme(model, tmp_path):
             code += "    assert 'sparse_gpt' in str(error) and 'sparse' not in sys.modules\n"
             code += "else:\n    raise SystemExit('known without the import')\n"
         code += lines + "print(type(model).__name__, model.fingerprint())\n"
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         [sys.executable, "-c", code],
-        env=os.environ | {"PYTHONPATH": path},
+        env=environment(),
         capture_output=True,
         text=True,
         cwd=tmp_path,

@@ -1,27 +1,28 @@
-"""The projection's Triton kernels, in processes of their own: see test_kernels.py."""
+"""The projection's Triton kernels, in processes of their own: see test_abs_topk_cuda.py."""
 
-from functools import partial
+import json
 from importlib.util import find_spec
 
 import pytest
 import torch
 
+from tests.helpers.processes import run_helper
+
 needs_triton = pytest.mark.skipif(not find_spec("triton"), reason="triton is not installed")
 
 
-@pytest.fixture
-def run(run_cases):
-    return partial(run_cases, "project_cases.py")
+def run(mode, **environment):
+    return json.loads(run_helper("project_cases", mode, **environment))
 
 
 @needs_triton
-def test_in_the_interpreter_the_kernels_project_as_the_definition_bit_for_bit(run):
+def test_in_the_interpreter_the_kernels_project_as_the_definition_bit_for_bit():
     result = run("interpreter", TRITON_INTERPRET="1")
     assert result["cases"] > 100 and not result["differ"], result["differ"]
 
 
 @needs_triton
-def test_compiled_for_an_h100_the_kernels_spill_no_register(run):
+def test_compiled_for_an_h100_the_kernels_spill_no_register():
     kernels = run("sm_90", TRITON_INTERPRET="0")["kernels"]
     assert len({k["kernel"] for k in kernels}) == 5
     for kernel in kernels:
@@ -41,7 +42,7 @@ def test_the_matrices_that_fit_are_stated():
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_matrices_are_projected_as_by_the_definition_bit_for_bit(run):
+def test_on_a_gpu_matrices_are_projected_as_by_the_definition_bit_for_bit():
     result = run("cuda", TRITON_INTERPRET="0")
     assert result["cases"] > 400 and not result["differ"], result["differ"]
 

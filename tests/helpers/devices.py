@@ -1,6 +1,6 @@
 """Train, cut and resume the same runs in one process, in two and sharded; write what came of each.
 
-    python tests/bridges/devices.py FOLDER
+    python -m tests.helpers.devices FOLDER
 
 FOLDER/NAME-RANK.safetensors and .json, for runs in float64, so that equal means nearly every digit.
 The last run fails in process 1 alone.
@@ -13,15 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-sys.path.append(str(Path(__file__).resolve().parents[1] / "sparse"))
-
 import torch
 from accelerate import Accelerator, debug_launcher
 from accelerate.state import AcceleratorState, GradientState
-from conftest import VOCAB, build_dense, build_sparse
 from safetensors.torch import save_file
-from small_run import HELD, batches, build, preset
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -35,6 +30,8 @@ from sparse.text.batches import Batches
 from sparse.training.config import TrainConfig
 from sparse.training.pretrain import pretrain
 from sparse.training.sparsity import SparsityConfig
+from tests.helpers.pair import VOCAB, build_dense, build_sparse
+from tests.helpers.small_run import HELD, batches, build, preset
 
 STEPS, CUT = 6, 3
 OFTEN = dict(steps=STEPS, log_every=1, evaluate_every=CUT, checkpoint_every=CUT, keep_checkpoints=9)

@@ -2,9 +2,13 @@
 
 As a script, in a process of its own because triton reads TRITON_INTERPRET when it is imported:
 
-    TRITON_INTERPRET=1 python abs_topk_cases.py interpreter     the kernels on a CPU
-    python abs_topk_cases.py cuda                               abs_topk on a GPU
-    python abs_topk_cases.py sm_90                              compile for a GPU that is not here
+    TRITON_INTERPRET=1 python -m tests.helpers.abs_topk_cases MODE
+
+with a MODE of
+
+    interpreter     the kernels on a CPU
+    cuda            abs_topk on a GPU
+    sm_90           compile for a GPU that is not here
 
 prints one JSON object.
 """
@@ -14,12 +18,10 @@ import math
 import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
 ALL_BITS = {4: torch.int32, 2: torch.int16, 8: torch.int64}
 
 
@@ -140,9 +142,8 @@ def through_autograd() -> dict:
 
 def compiled(name: str, kernel, pointers: str, x: Tensor) -> dict:
     """Compile a kernel for sm_90, without a GPU, and read what it takes from the machine code."""
-    from kernel_cases import compile_for_sm_90
-
     from sparse.ops.abs_topk_cuda import launch_options
+    from tests.helpers.sm_90 import compile_for_sm_90
 
     options = launch_options(x)
     warps = options.pop("num_warps")

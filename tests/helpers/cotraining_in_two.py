@@ -1,18 +1,15 @@
 """Co-train a few steps in one process and in two (gloo); write what came out of each.
 
-python tests/bridges/two_processes.py FOLDER
+python -m tests.helpers.cotraining_in_two FOLDER
 """
 
 import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, debug_launcher
-from conftest import VOCAB, build_dense, build_sparse
 from safetensors.torch import save_file
 
 from bridges.maps.bridge import BridgeConfig, BridgeSet
@@ -22,6 +19,7 @@ from dense import DenseModel
 from sparse.text.batches import Batches
 from sparse.training.config import TrainConfig
 from sparse.training.sparsity import SparsityConfig
+from tests.helpers.pair import VOCAB, build_dense, build_sparse
 
 
 def train(out: str, name: str) -> None:

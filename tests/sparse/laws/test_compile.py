@@ -4,16 +4,14 @@ In a process of its own without jaxtyping, whose checks cannot be traced (house 
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from shutil import which
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
+from tests.helpers.processes import run_python
+
 HEAD = """
 import json, sys, torch
 import torch._dynamo
@@ -121,22 +119,16 @@ gpu = pytest.mark.gpu
 
 
 def run(code: str, backend: str, tmp_path: Path, device: str = "cpu") -> dict:
-    environment = {
-        "JAXTYPING_DISABLE": "1",
-        "OMP_NUM_THREADS": "1",
-        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path),
-        "TORCHINDUCTOR_COMPILE_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", code + "\nprint(json.dumps(out))", backend, device],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
+    said = run_python(
+        "-c",
+        code + "\nprint(json.dumps(out))",
+        backend,
+        device,
+        JAXTYPING_DISABLE="1",
+        TORCHINDUCTOR_CACHE_DIR=str(tmp_path),
+        TORCHINDUCTOR_COMPILE_THREADS="1",
     )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(said.splitlines()[-1])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,9 +1,6 @@
 """A pretraining may be killed, stopped, repeated and shared, and stays the same pretraining."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,20 +14,13 @@ from sparse.training.heldout import heldout_nats
 from sparse.training.loop import fit
 from sparse.training.pretrain import Pretraining, pretrain
 from sparse.training.sparsity import budgets
-
-sys.path.insert(0, str(Path(__file__).parent))
-from small_run import HELD, STEPS, batches, build, logged, preset
-
-HERE = Path(__file__).parent
-sys.path.remove(str(HERE))  # it was there for the line above
+from tests.helpers.processes import run_helper
+from tests.helpers.small_run import HELD, STEPS, batches, build, logged, preset
 
 
 def run_script(name, *args):
-    env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    command = [sys.executable, str(HERE / name), *map(str, args)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    said = run_helper(name, *args)
+    return [json.loads(line) for line in said.splitlines() if line.startswith("{")]
 
 
 def run(folder, seed=0, **fields):
@@ -49,14 +39,14 @@ def same_run(a, b):
 
 
 def test_a_run_killed_at_random_moments_is_the_undisturbed_run_bit_for_bit(tmp_path):
-    kills = run_script("killed.py", tmp_path, "random")
+    kills = run_script("killed_pretraining", tmp_path, "random")
     assert len(kills) == 5 and all(k["signal"] == 9 and 0 < k["lines"] < STEPS for k in kills)
     assert [x["step"] for x in logged(tmp_path / "whole") if "loss/ce" in x] == [*range(1, 25)]
     assert same_run(tmp_path / "random", tmp_path / "whole")
 
 
 def test_a_run_killed_at_every_operation_on_its_files_is_the_undisturbed_run_bit_for_bit(tmp_path):
-    kills = run_script("killed.py", tmp_path, "writing")
+    kills = run_script("killed_pretraining", tmp_path, "writing")
     operations = [k["operation"] for k in kills if "operation" in k]
     assert {"save_file", "sync", "replace", "rmtree"} <= set(operations)
     left = [name for k in kills for name in k.get("left", ())]
@@ -69,9 +59,9 @@ def test_a_run_killed_at_every_operation_on_its_files_is_the_undisturbed_run_bit
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
-    """What two_processes.py wrote: by name, the facts and the tensors."""
+    """What pretraining_in_two.py wrote: by name, the facts and the tensors."""
     folder = tmp_path_factory.mktemp("shared")
-    run_script("two_processes.py", folder)
+    run_script("pretraining_in_two", folder)
     found = {}
     for path in folder.glob("*.json"):
         tensors = load_file(path.with_suffix(".safetensors"))

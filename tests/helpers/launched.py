@@ -1,12 +1,9 @@
 """Say how many processes train together, or why that is refused: `accelerator_for` alone.
 
-python tests/sparse/launched.py [PROCESSES]
+python -m tests.helpers.launched [PROCESSES]
 """
 
 import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from sparse.training.config import TrainConfig
 from sparse.training.processes import accelerator_for

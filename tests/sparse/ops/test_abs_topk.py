@@ -1,6 +1,3 @@
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -9,10 +6,7 @@ from sparse.ops import abs_topk as activation
 from sparse.ops.abs_topk import AbsTopK, abs_topk, kept_reference, kept_threshold, passes_gradient
 from sparse.ops.abs_topk_cpu import kth_largest
 from sparse.ops.bits import BLOCK
-
-_spec = spec_from_file_location("cases", Path(__file__).with_name("abs_topk_cases.py"))
-cases = module_from_spec(_spec)
-_spec.loader.exec_module(cases)
+from tests.helpers import abs_topk_cases as cases
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 WIDTHS = [8, 33, 513, 1000]  # within numpy's registers and beyond, even and odd

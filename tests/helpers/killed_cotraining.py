@@ -1,6 +1,6 @@
 """Co-train in processes that are killed at random moments and started again; print each kill.
 
-    python tests/bridges/killed.py FOLDER
+    python -m tests.helpers.killed_cotraining FOLDER
 
 FOLDER/whole is undisturbed; FOLDER/first and FOLDER/second are killed twice each. Every run is a
 process of its own, forked before anything was computed, so that torch is imported once.
@@ -14,10 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 import torch
-from conftest import VOCAB, build_dense, build_sparse
 
 from bridges.maps.bridge import BridgeConfig, BridgeSet
 from bridges.training.config import CotrainConfig
@@ -25,6 +22,7 @@ from bridges.training.cotrain import cotrain
 from sparse.text.batches import Batches
 from sparse.training.config import TrainConfig
 from sparse.training.sparsity import SparsityConfig
+from tests.helpers.pair import VOCAB, build_dense, build_sparse
 
 STEPS = 24
 

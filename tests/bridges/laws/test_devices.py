@@ -5,9 +5,6 @@ passed through float32.
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,8 +13,8 @@ from safetensors.torch import load_file
 
 from bridges import BridgeConfig, BridgeSet, CotrainConfig, plan
 from sparse import SparsityConfig, TrainConfig
+from tests.helpers.processes import run_helper
 
-SCRIPT = Path(__file__).with_name("devices.py")
 LAST = Path("checkpoints", "step-00000006")
 TOGETHER = ["two", "two-of-one", "shard", "shard-of-one", "shard-parts"]
 TOGETHER += ["pretrain-two-of-one", "pretrain-shard"]
@@ -27,10 +24,7 @@ ALONE = ["one-of-two", "one-of-shard", "pretrain-one-of-shard"]
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
     folder = tmp_path_factory.mktemp("devices")
-    env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    command = [sys.executable, str(SCRIPT), str(folder)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_helper("devices", folder)
     return folder
 
 

@@ -123,7 +123,7 @@ class Ours:
         for g in self.groups:
             scale_(list(g.params.values()), g.scaling)
         self.adam.step()
-        self.module.project(999)
+        self.module.sparsifier.project(999)
 
 
 # ---- the baseline

@@ -17,11 +17,13 @@ if TYPE_CHECKING:
     from .training.torch_compile import compiled
     from .training.validate import validate
     from .transfer.dense_circuit import DenseCircuit
+    from .transfer.intervention import Ablation, Steering
     from .transfer.map_circuit import map_circuit
 
 __version__ = "0.1.0"
 __sparse_bridges__ = "bridges"
 __all__ = [
+    "Ablation",
     "BridgeConfig",
     "BridgeSet",
     "CotrainConfig",
@@ -29,6 +31,7 @@ __all__ = [
     "LossWeights",
     "Plan",
     "Run",
+    "Steering",
     "StepTime",
     "compiled",
     "cotrain",
@@ -61,6 +64,8 @@ _HOME = {
     "save_run": "run_folder",
     "DenseCircuit": "transfer.dense_circuit",
     "map_circuit": "transfer.map_circuit",
+    "Ablation": "transfer.intervention",
+    "Steering": "transfer.intervention",
 }
 
 

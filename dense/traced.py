@@ -2,7 +2,7 @@
 
     h_s <- h_s + sum of what the edits of site s add        at every pass over the model
 
-A trace is one pass, a generation one for the prompt and one for every new token; `delta.py` says
+A trace is one pass, a generation one for the prompt and one for every new token; `edit.py` says
 what an edit means at each. This is the only file that imports nnsight, and it does so when it is
 asked to trace.
 """
@@ -54,7 +54,7 @@ def generate_edited(
 
     `kwargs` go to Hugging Face's `generate` (max_new_tokens, do_sample, use_cache and so on), and
     its answer is returned: something else than ids if they ask for it. With
-    or without a cache the edits mean the same. Which edits act on generated positions `delta.py`
+    or without a cache the edits mean the same. Which edits act on generated positions `edit.py`
     says; a LiveEdit does. Without gradient. Raises ValueError for an edit that does not
     fit, and for live edits under beam search, which swaps rows between steps.
     """

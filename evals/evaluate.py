@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from evals.claims.transfer import measure_transfer
 from evals.report.page import page
 from evals.report.report import Report, provenance
 from evals.scores.curve import Curve
+from evals.scores.score import Score
+from sparse.circuits.circuit import Circuit
 from sparse.circuits.view.graph import graph
 
 QUICK = {"max_pairs": 24, "curve_draws": 15, "strengths": (0.5, 1, 2, 4)}
@@ -42,47 +44,64 @@ def evaluate_run(
     without a circuit.
     """
     found = run.circuits()
+    names = _names(run, found, tasks)
+    options: dict[str, Any] = {"seed": seed, "progress": progress}
+    stages = tqdm(["bridges", *names], desc="evaluate", disable=not progress)
+    with stages:
+        blocks = run.heldout()[: 16 if quick else None]
+        sections = {"Bridges": tuple(evaluate_bridge(run, blocks, **options))}
+        stages.update()
+        curves: list[Curve] = []
+        for name in names:
+            circuit, twin = found[name], found.get(f"{name}:nonsense")
+            rows = _in_the_sparse_model(run, circuit, twin, options)
+            mapped = map_circuit(circuit, run.dense, run.bridges, sparse_model=run.sparse)
+            smaller = QUICK if quick else {}
+            done = measure_transfer(mapped, draws=draws, **options, **smaller)
+            sections[f"{name}: the circuit in the sparse model"] = tuple(rows)
+            sections[f"{name}: the same circuit in the dense model"] = tuple(done.scores)
+            curves += done.curves
+            stages.update()
+    facts = {"seed": seed, "draws": draws, "quick": quick, "run": run.manifest}
+    return Report(
+        title=f"Sparse bridges: {run.manifest['dense']['name']}",
+        sections=sections,
+        curves=tuple(curves),
+        graphs=tuple(graph(run.sparse, found[name]) for name in names),
+        notes=_notes({name: found[name] for name in names}, sections["Bridges"]),
+        provenance=provenance(**facts),
+    )
+
+
+def _names(run: Run, found: Mapping[str, Circuit], tasks: Sequence[str] | None) -> list[str]:
+    """Return the circuits that are asked for, nonsense twins aside; refuse those that lack."""
     names = [name for name in found if not name.endswith(":nonsense")]
     if missing := sorted(set(tasks or ()) - set(names)):
         raise ValueError(
             f"{run.folder} has no circuit for {missing}; it has {names or 'none'}: prune them "
             "first (examples/find_circuit.py), or leave out --tasks"
         )
-    names = [name for name in names if tasks is None or name in tasks]
-    stages = tqdm(["bridges", *names], desc="evaluate", disable=not progress)
-    blocks = run.heldout()[: 16 if quick else None]
-    sections = {"Bridges": tuple(evaluate_bridge(run, blocks, seed=seed, progress=progress))}
-    curves: list[Curve] = []
-    graphs, notes = [], []
-    stages.update()
-    options: dict[str, Any] = {"seed": seed, "progress": progress}
-    for name in names:
-        circuit, twin = found[name], found.get(f"{name}:nonsense")
-        mapped = map_circuit(circuit, run.dense, run.bridges, sparse_model=run.sparse)
-        same = nonsense_at_size(run.sparse, circuit, run.tokenizer, twin)
-        twins = {"nonsense": twin, "equal_size": same}
-        rows = evaluate_circuit(run.sparse, circuit, run.tokenizer, **twins, **options)
-        done = measure_transfer(mapped, draws=draws, **options, **(QUICK if quick else {}))
-        sections[f"{name}: the circuit in the sparse model"] = tuple(rows)
-        sections[f"{name}: the same circuit in the dense model"] = tuple(done.scores)
-        curves += done.curves
-        graphs.append(graph(run.sparse, circuit))
-        notes += [f"{name}: {note}" for note in circuit.notes]
-        stages.update()
-    stages.close()
-    if not names:
-        notes.append("no circuit in this run: only the bridges were measured")
-    if not any(row.name.startswith("loss recovered") for row in sections["Bridges"]):
-        notes.append(NO_ROOM)
-    facts = {"seed": seed, "draws": draws, "quick": quick, "run": run.manifest}
-    return Report(
-        title=f"Sparse bridges: {run.manifest['dense']['name']}",
-        sections=sections,
-        curves=tuple(curves),
-        graphs=tuple(graphs),
-        notes=tuple(notes),
-        provenance=provenance(**facts),
+    return [name for name in names if tasks is None or name in tasks]
+
+
+def _in_the_sparse_model(
+    run: Run, circuit: Circuit, twin: Circuit | None, options: Mapping[str, Any]
+) -> list[Score]:
+    """Score a circuit beside random ones, its nonsense twin, and the twin's best of its size."""
+    same = nonsense_at_size(run.sparse, circuit, run.tokenizer, twin)
+    return evaluate_circuit(
+        run.sparse, circuit, run.tokenizer, nonsense=twin, equal_size=same, **options
     )
+
+
+def _notes(circuits: Mapping[str, Circuit], bridges: Sequence[Score]) -> tuple[str, ...]:
+    """Return what a reader must know before believing the numbers."""
+    notes = [f"{name}: {note}" for name, circuit in circuits.items() for note in circuit.notes]
+    if not circuits:
+        notes.append("no circuit in this run: only the bridges were measured")
+    if not any(row.key.startswith("bridge.recovered") for row in bridges):
+        notes.append(NO_ROOM)
+    return tuple(notes)
 
 
 def write_report(run: Run, report: Report) -> list[Path]:

@@ -4,11 +4,13 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from . import release
 from .circuits.circuit import Circuit
+from .circuits.extract.circuit_module import extract
 from .circuits.mask import masked
 from .circuits.means import node_means
 from .circuits.pruning.config import PruneConfig
 from .circuits.pruning.prune import prune
 from .circuits.score import last_logits
+from .circuits.view.graph import to_networkx
 from .model.config import SparseGPTConfig
 from .model.gpt import SparseGPT
 from .model.trunk import SparseGPTModel
@@ -48,6 +50,7 @@ __all__ = [
     "abs_topk",
     "check_processes",
     "estimated_tokens",
+    "extract",
     "first_blocks",
     "gao2025",
     "get_task",
@@ -64,6 +67,7 @@ __all__ = [
     "stream_corpus",
     "task_names",
     "task_nats",
+    "to_networkx",
     "unigram_nats",
 ]
 

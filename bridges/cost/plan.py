@@ -31,8 +31,6 @@ from .step_time import StepTime, rows_per_pass
 COPIES = 6
 """Tensors as large as a chunk of logits that exist at once: the logits of both models, log p, p,
 q and the gradient."""
-EVALUATED = 16
-"""Sequences that examples/train_bridge.py evaluates at a time, at most."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -155,28 +153,27 @@ def plan(
     *,
     processes: int = 1,
     text_tokens: int = 0,
+    evaluated: int = 16,
     step_time: StepTime | None = None,
 ) -> Plan:
     """Return what `cotrain` of these would take with batches of (batch, length).
 
     Nothing is run and nothing changed; parameters may be on the meta device or fake. Of `dense`
     are asked `model`, `n_sites`, `d_resid`, `vocab_size`. `text_tokens` is the number of tokens of
-    the text kept on disk as blocks, 0 for a stream. Raises ValueError for a batch that processes
+    the text kept on disk as blocks, 0 for a stream; `evaluated` that of sequences in a validation
+    batch, where a pass holds as many. Raises ValueError for a batch that processes
     and passes cannot share.
     """
     train = config.train
-    rows, twin = rows_per_pass(batch, processes, train.accumulate), count(sparse)
+    rows = rows_per_pass(batch, processes, train.accumulate)
     weights, moments, parameters = _trained(sparse, bridges)
-    of = processes if train.shard else 1
-    whole = {"weights, gathered": parameters, "gradients": parameters + parameters // of}
+    shards = processes if train.shard else 1
     step, unknown = _step(dense, sparse, bridges, config, rows, length)
-    final = config.sparsity.densities(train.steps, train.steps)
-    lost = sum(b.weight.numel() - b.keep(final) for b in budgets(sparse, config.sparsity))
     n = train.keep_checkpoints
     return Plan(
         dense_parameters=count(dense.model),
-        twin_parameters=twin,
-        twin_nonzero=twin - lost,
+        twin_parameters=count(sparse),
+        twin_nonzero=nonzero_at_the_end(sparse, config),
         bridge_parameters=count(bridges),
         steps=train.steps,
         batch=batch,
@@ -186,11 +183,11 @@ def plan(
         mixed_precision=train.mixed_precision,
         state={
             "dense model": stored(dense.model),
-            "weights of twin and bridges": weights - parameters + parameters // of,
-            "Adam's moments": moments // of,
+            "weights of twin and bridges": weights - parameters + parameters // shards,
+            "Adam's moments": moments // shards,
         },
-        step=(whole if of > 1 else {"gradients": parameters}) | step,
-        evaluation=_evaluation(dense, sparse, bridges, min(EVALUATED, rows) * length),
+        step=_gradients(parameters, shards) | step,
+        evaluation=_evaluation(dense, sparse, bridges, min(evaluated, rows) * length),
         disk={
             f"{n} checkpoints, one being written": (n + 1) * (weights + moments),
             "twin, bridges, held-out text": weights + 64 * 8 * length,
@@ -199,6 +196,20 @@ def plan(
         unknown=unknown,
         step_time=step_time,
     )
+
+
+def _gradients(parameters: int, shards: int) -> dict[str, int]:
+    """Return the bytes of gradients in a step, and of the weights gathered where they are split."""
+    if shards == 1:
+        return {"gradients": parameters}
+    return {"weights, gathered": parameters, "gradients": parameters + parameters // shards}
+
+
+def nonzero_at_the_end(sparse: SparseGPT, config: CotrainConfig) -> int:
+    """Return how many entries of the twin are left; those never projected count too."""
+    final = config.sparsity.densities(config.train.steps, config.train.steps)
+    cut = sum(b.weight.numel() - b.keep(final) for b in budgets(sparse, config.sparsity))
+    return count(sparse) - cut
 
 
 def _trained(sparse: SparseGPT, bridges: BridgeSet) -> tuple[int, int, int]:

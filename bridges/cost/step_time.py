@@ -132,23 +132,17 @@ def _try(
     accelerator: Accelerator,
 ) -> StepTime | str:
     """Take a few steps; return what they took, or why they could not be taken."""
-    device = accelerator.device
-    passes = min(2, config.train.accumulate)
-    train = replace(
-        config.train,
-        steps=2 + TIMED,  # one more than are taken: what follows the last is not reached
-        folder=str(Path(config.train.folder) / "never written"),
-        accumulate=passes,
-        log_every=NEVER,
-        checkpoint_every=NEVER,
-        evaluate_every=0,
-    )
-    module = Cotraining(dense, sparse, bridges, replace(config, train=train)).to(device)
-    ids = torch.randint(dense.vocab_size, (sequences * passes, length))
+    device, short = accelerator.device, _short(config)
+    module = Cotraining(dense, sparse, bridges, short).to(device)
+    ids = torch.randint(dense.vocab_size, (sequences * short.train.accumulate, length))
     batches = _Clocked(ids, device, 1 + TIMED)
+
+    def at_the_end(step: int) -> dict[str, float]:
+        return module.sparsifier.project(short.train.steps)  # the twin's final density
+
     _reset_peak(device)
     try:
-        fit(module, batches, train, lambda _: module.project(train.steps), accelerator=accelerator)
+        fit(module, batches, short.train, at_the_end, accelerator=accelerator)
     except _Enough:
         times = batches.times
         peak, of = _peak(device)
@@ -168,7 +162,21 @@ def _try(
     finally:
         module.zero_grad(set_to_none=True)
         accelerator.free_memory()
-    raise AssertionError("fit ended before the probe stopped it")
+    raise AssertionError("fit ended before it was stopped")
+
+
+def _short(config: CotrainConfig) -> CotrainConfig:
+    """Return the config of a run that takes a few steps of the same kind and writes nothing."""
+    train = replace(
+        config.train,
+        steps=2 + TIMED,  # one more than are taken: what follows the last is not reached
+        folder=str(Path(config.train.folder) / "never written"),
+        accumulate=min(2, config.train.accumulate),
+        log_every=NEVER,
+        checkpoint_every=NEVER,
+        evaluate_every=0,
+    )
+    return replace(config, train=train)
 
 
 def _slowest(seconds: float, accelerator: Accelerator) -> float:

@@ -70,8 +70,8 @@ def nmse(
         "per_token"  mean_t (|x_t - target_t|^2 / (|target_t - mean|^2 + 1e-8))
         "uncentred"  sum_t |x_t - target_t|^2 / sum_t |target_t|^2
 
-    Definitions A, B and C of method.md 3.3; the first is the fraction of variance unexplained, 1
-    where x is as good as the mean. Denominators are detached, so the target cannot lower its loss
+    (docs/method.md#normalised-error.) The first is the fraction of variance unexplained, 1 where x
+    is as good as the mean. Denominators are detached, so the target cannot lower its loss
     by growing. `moments` are those of the whole of which `target` holds some rows, by default of
     the target itself; the errors of all its parts add up to that of the whole.
     """

@@ -4,10 +4,10 @@
     decode:  h_hat = mu_s + sigma_s (D_s z + m_s)                       sparse to dense
 
 mu_s is the mean and sigma_s the root mean square about it (one number per site) of the dense
-residual, taken from data once at the start: dense sites differ in scale tenfold, and without it
-the decoders do not converge (Gao et al. 2025, section 3.3; method.md 3.2 and 12). s is a site of
-the dense model, by which a bridge is known; z is the sparse residual at the sparse site it is
-bridged to (`BridgeConfig`).
+residual, taken from data once at the start, because dense sites differ in scale tenfold (Gao et al.
+2025, section 3.3; docs/method.md#bridge-maps; docs/bridge-study compares with raw residuals). s is
+a site of the dense model, by which a bridge is known; z is the sparse residual at the sparse site
+it is bridged to (`BridgeConfig`).
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ HybridSites = Literal["sampled", "all"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossWeights:
-    """The coefficient of each term of the loss (decisions.md 2)."""
+    """The coefficient of each term of the loss (docs/method.md#co-training-loss)."""
 
     ce: float = 1.0
     """Cross entropy of the sparse model."""
@@ -44,7 +44,7 @@ class CotrainConfig:
     weights: LossWeights = field(default_factory=LossWeights)
     """Coefficients of the loss."""
     nmse: Normalised = "fvu"
-    """By what the squared errors of the bridges are divided: see `bridges.losses.nmse`."""
+    """By what the squared errors of the bridges are divided (docs/method.md#normalised-error)."""
     hybrid_sites: HybridSites = "sampled"
     """"sampled": each sequence draws its own sites, unbiased. "all": each at every site, exact."""
     sites_per_sequence: int = 1
@@ -53,7 +53,7 @@ class CotrainConfig:
     """Fraction of a sequence's positions at which the hybrid KLs are taken, in (0, 1]. Drawn anew
     for each sequence and step, unbiased; the passes themselves run over all positions."""
     decoder_trains_trunk: bool = True
-    """Whether the decoder's error also reaches the sparse trunk (method.md 3.4)."""
+    """Whether the decoder's error also reaches the sparse trunk (docs/method.md#gradient-flow)."""
     lr: float = 3e-2
     """Peak learning rate of the twin at its final density; gradients are normalised, eps is 0.1."""
     bridge_lr: float = 3e-3

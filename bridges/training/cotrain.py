@@ -21,11 +21,11 @@ from sparse.training.config import BatchSource
 from sparse.training.groups import Group, warmup_decay
 from sparse.training.loop import fit
 from sparse.training.processes import accelerator_for
-from sparse.training.sparsity import Budget, budgets, check_budgets, project_model_
+from sparse.training.sparsity import Sparsifier, decayed_names
 
 from .config import CotrainConfig
 from .hybrid import draw_positions, draw_sites
-from .objective import Part, losses
+from .objective import WHOLE, Draw, Part, Share, losses
 from .validate import calibrate, validate
 
 
@@ -40,35 +40,19 @@ class Cotraining(nn.Module):
         super().__init__()
         self.sparse, self.bridges, self.config = sparse, bridges, config
         object.__setattr__(self, "dense", dense)  # frozen: not in DDP, optimizer or checkpoint
-        steps, m, n = config.train.steps, config.sites_per_sequence, len(bridges.config.sites)
+        m, n = config.sites_per_sequence, len(bridges.config.sites)
         if config.hybrid_sites != "all" and m > n:
             raise ValueError(
                 f"CotrainConfig.sites_per_sequence={m}, but {n} sites are bridged; draw {n} or "
                 'fewer, or take hybrid_sites="all"'
             )
-        self.anneal = config.sparsity.anneal(steps)
-        check_budgets(self.budgets, config.sparsity.densities(steps, steps))
-
-    @property
-    def budgets(self) -> list[Budget]:
-        """The projected tensors, looked up anew: sharding replaces them."""
-        return budgets(self.sparse, self.config.sparsity)
+        self.sparsifier = Sparsifier(sparse, config.sparsity, config.train.steps)
 
     def forward(
-        self, ids: Int[Tensor, "batch pos"], step: int, part: Part | None = None
+        self, ids: Int[Tensor, "batch pos"], step: int, part: Part = WHOLE
     ) -> dict[str, Tensor]:
         """Return the weighted losses of one batch, or of a part of it, at an optimizer step."""
-        c, drawn, positions = self.config, None, None
-        world, rank = _world()
-        i, parts, whole = part or Part(0, 1, None)
-        # draws are those of the batch of all processes and parts; ours are some of its rows
-        mine, n = slice(i * len(ids), (i + 1) * len(ids)), world * parts * len(ids)
-        if c.hybrid_sites != "all":
-            sites, m = self.bridges.config.sites, c.sites_per_sequence
-            drawn = draw_sites(sites, n, step, c.train.seed, m)[rank::world][mine]
-        if c.hybrid_tokens < 1:
-            taken = draw_positions(n, ids.shape[1], c.hybrid_tokens, step, c.train.seed)
-            positions = taken[rank::world][mine]
+        c, (world, rank) = self.config, _world()
         with csr_products(self.sparse, WORTH_REBUILDING):
             return losses(
                 self.dense,
@@ -76,13 +60,24 @@ class Cotraining(nn.Module):
                 self.bridges,
                 ids,
                 c.weights,
-                drawn,
-                positions,
-                c.decoder_trains_trunk,
-                world,
-                whole,
-                c.nmse,
+                draw=self._draw(ids, step, part, world, rank),
+                share=Share(part, world),
+                normalised=c.nmse,
+                decoder_trains_trunk=c.decoder_trains_trunk,
             )
+
+    def _draw(self, ids: Tensor, step: int, part: Part, world: int, rank: int) -> Draw:
+        """Return this part's rows of what was drawn for the batch of all processes and parts."""
+        c, sites, positions = self.config, None, None
+        own = slice(part.number * len(ids), (part.number + 1) * len(ids))
+        n = world * part.of * len(ids)  # sequences of the whole batch
+        if c.hybrid_sites != "all":
+            bridged, m = self.bridges.config.sites, c.sites_per_sequence
+            sites = draw_sites(bridged, n, step, c.train.seed, m)[rank::world][own]
+        if c.hybrid_tokens < 1:
+            drawn = draw_positions(n, ids.shape[1], c.hybrid_tokens, step, c.train.seed)
+            positions = drawn[rank::world][own]
+        return Draw(sites, positions)
 
     @torch.no_grad()
     def of_whole(self, parts: Sequence[Int[Tensor, "part pos"]]) -> list[Part]:
@@ -107,17 +102,22 @@ class Cotraining(nn.Module):
     def groups(self) -> list[Group]:
         """The twin by the sparse recipe, the bridges by plain Adam; normalised separately."""
         c, steps = self.config, self.config.train.steps
-        twin = dict(self.sparse.named_parameters())
-        decayed = frozenset(n for n, p in twin.items() if p.ndim > 1 and n != "bigram")
+        sharkfin = self.sparsifier.anneal.lr_scale
 
         def lr(t: int) -> float:
-            return c.lr * warmup_decay(t, steps, c.warmup) * self.anneal.lr_scale(t)
+            return c.lr * warmup_decay(t, steps, c.warmup) * sharkfin(t)
 
         def bridge_lr(t: int) -> float:
             return c.bridge_lr * warmup_decay(t, steps, c.warmup)
 
         return [
-            Group(name="sparse", params=twin, lr=lr, weight_decay=c.weight_decay, decayed=decayed),
+            Group(
+                name="sparse",
+                params=dict(self.sparse.named_parameters()),
+                lr=lr,
+                weight_decay=c.weight_decay,
+                decayed=decayed_names(self.sparse),
+            ),
             Group(
                 name="bridges",
                 params=dict(self.bridges.named_parameters()),
@@ -127,15 +127,6 @@ class Cotraining(nn.Module):
                 weight_decay=0.0,
             ),
         ]
-
-    def project(self, step: int) -> dict[str, float]:
-        """Project every budgeted tensor to the density of `step`; return the densities."""
-        c = self.config
-        # the last step reaches the target even where annealing ends with the run
-        t = c.train.steps if step + 1 == c.train.steps else step
-        matrices, embeddings = c.sparsity.densities(t, c.train.steps)
-        project_model_(self.budgets, (matrices, embeddings))
-        return {"density/matrices": matrices, "density/embeddings": embeddings}
 
 
 def cotrain(
@@ -182,7 +173,7 @@ def cotrain(
             module,
             batches,
             config.train,
-            after_step=module.project,
+            after_step=module.sparsifier.project,
             evaluate=evaluate,
             accelerator=accelerator,
             identity=identity,

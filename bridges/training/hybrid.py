@@ -6,8 +6,8 @@
 Bridge s joins dense site s and sparse site t = pairs[s] (`BridgeConfig`), which is s where the
 models are equally deep. Both in nats per token (Gao et al. 2025, section 3.3, L_KL). The passes of
 all sites are one pass of a batch that grows: the rows of site s enter there and stay to the end
-(method.md 3.5 a and d). Here is what enters where, and what is left out at random without moving
-the mean.
+(docs/method.md#hybrid-passes). Here is what enters where, and what is left out at random without
+moving the mean.
 """
 
 from __future__ import annotations
@@ -135,6 +135,19 @@ def as_streams(
     return rows[place.to(rows.device)].view(drawn.shape[1], -1, rows.shape[-1])
 
 
+class CrossingLoss(NamedTuple):
+    """What the passes of a crossing are worth; zeros for those that were not scored."""
+
+    main: StreamLoss
+    """Of the sparse model on its own tokens."""
+    up: StreamLoss
+    """Of the hybrid passes dense to sparse."""
+    down: StreamLoss
+    """Of the hybrid passes sparse to dense."""
+    dense: StreamLoss
+    """Of the dense model itself: its cross entropy."""
+
+
 def score_passes(
     dense: ResidualModel,
     sparse: SparseGPT,
@@ -143,12 +156,12 @@ def score_passes(
     coefficients: tuple[float, float, float],
     positions: Int[Tensor, "batch drawn"] | None = None,
     with_dense: bool = False,
-) -> dict[str, StreamLoss]:
-    """Return what the sparse model ("main") and the hybrids ("up", "down") are worth in nats.
+) -> CrossingLoss:
+    """Return what the sparse model and the hybrids are worth, in nats per token.
 
     `coefficients` are those of cross entropy and KL of the sparse model and of the KL of each
     direction; what has 0 is not computed. With `positions`, the hybrids' KLs are taken there only.
-    `with_dense` adds the dense model's own cross entropy ("dense").
+    `with_dense` adds the dense model's own cross entropy.
     """
     ce, kl, hybrid = coefficients
     n_seq, n_pos = ids.shape
@@ -167,8 +180,11 @@ def score_passes(
             streams[name] = Stream(model.unembed, x, kl=hybrid)
     if with_dense:
         streams["dense"] = Stream(dense.unembed, last, ce=1.0)
+    zero = ids.new_zeros((), dtype=torch.float32)
+    nothing = StreamLoss(zero, zero, zero[None])
+    none = CrossingLoss(nothing, nothing, nothing, nothing)
     if not streams:
-        return {}
+        return none
     scored = score_streams(
         Stream(dense.unembed, last),
         list(streams.values()),
@@ -177,4 +193,4 @@ def score_passes(
         dense.vocab_size,
         list(sparse.parameters()),
     )
-    return dict(zip(streams, scored, strict=True))
+    return none._replace(**dict(zip(streams, scored, strict=True)))

@@ -6,12 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-
 from dense import DenseModel
 from sparse.model.gpt import SparseGPT
-
-SUBLAYERS = {"attend", "think"}
 
 
 @contextmanager
@@ -24,18 +20,5 @@ def compiled(dense: DenseModel, sparse: SparseGPT, **options: Any) -> Iterator[N
     dense model stays compiled (`DenseModel.compile`); the twin is left as it was found.
     """
     dense.compile(**options)
-    blocks: list[Any] = list(sparse.model.blocks)
-    before = [
-        {name: vars(block)[name] for name in SUBLAYERS & vars(block).keys()} for block in blocks
-    ]
-    for block in blocks:  # one sublayer of all blocks is one code object: they share their graphs
-        for name in SUBLAYERS:
-            own = getattr(type(block), name).__get__(block)
-            setattr(block, name, torch.compile(own, **options))
-    try:
+    with sparse.compile_sublayers(**options):
         yield
-    finally:
-        for block, held in zip(blocks, before, strict=True):
-            for name in SUBLAYERS:
-                delattr(block, name)
-            vars(block).update(held)

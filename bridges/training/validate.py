@@ -50,17 +50,22 @@ def validate(
     up.s, down.s (nats per token), s the bridge's dense site, and the means of the four over sites.
     With an accelerator its processes share the batches; all of them return the same numbers.
     """
+    n = len(validation)
+    if not n:
+        return {}
     world, rank = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)
-    n, sums = len(validation), {}
-    # a process that has no share measures a batch for the names alone
-    for i in range(rank, n, world) if rank < n else range(min(n, 1)):
+    mine, counts = range(rank, n, world), 1.0
+    if not mine:  # this process has no share: it measures a batch for the names, and counts nothing
+        mine, counts = range(1), 0.0
+    sums: dict[str, float] = {}
+    for i in mine:
         with mode(sparse, training=False), csr_products(sparse):
             measured = _measure(dense, sparse, bridges, validation[i].to(device))
         for name, value in measured.items():
-            sums[name] = sums.get(name, 0.0) + value.item() * (rank < n)
-    if accelerator and sums:
-        mine = torch.tensor(list(sums.values()), dtype=torch.float64, device=device)
-        total = accelerator.reduce(mine, "sum").tolist()  # pyright: ignore[reportAttributeAccessIssue]
+            sums[name] = sums.get(name, 0.0) + counts * value.item()
+    if accelerator:
+        own = torch.tensor(list(sums.values()), dtype=torch.float64, device=device)
+        total = accelerator.reduce(own, "sum").tolist()  # pyright: ignore[reportAttributeAccessIssue]
         sums = dict(zip(sums, total, strict=True))
     return {name: value / n for name, value in sums.items()}
 
@@ -70,12 +75,12 @@ def _measure(
 ) -> dict[str, Tensor]:
     run, pairs = run_passes(dense, sparse, bridges, ids), bridges.config.pairs
     scored = score_passes(dense, sparse, run, ids, (1.0, 1.0, 1.0), with_dense=True)
-    out = {"ce": scored["main"].ce, "ce_dense": scored["dense"].ce, "kl": scored["main"].kl}
+    out = {"ce": scored.main.ce, "ce_dense": scored.dense.ce, "kl": scored.main.kl}
     per_site = {
         "encode": [nmse(run.up[s], run.z[t]) for s, t in pairs.items()],
         "decode": [nmse(run.down[s], run.h[s]) for s in pairs],
-        "up": list(scored["up"].per_stream),
-        "down": list(scored["down"].per_stream),
+        "up": list(scored.up.per_stream),
+        "down": list(scored.down.per_stream),
     }
     for name, values in per_site.items():
         out[name] = torch.stack(values).mean()

@@ -72,7 +72,8 @@ def read(
     """Return, per site, the change of the stream that moves its read nodes, by the paper's rule.
 
     dz_s = e_j (rms(z_s) / gamma_j) (n'_j - n_j), per token: the nodes n are what the sublayer
-    after site s reads, and the rms is held (Gao et al. 2025, Appendix A.4; method.md 5.2).
+    after site s reads, and the rms is held (Gao et al. 2025, Appendix A.4;
+    docs/method.md#read-nodes).
     """
     with recorded(sparse, list(chosen)) as there:
         sparse.residuals(source_ids, attention_mask)

@@ -12,8 +12,7 @@ Sums run over every position of the blocks; means over the blocks, the independe
 
 from __future__ import annotations
 
-from collections import defaultdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -27,12 +26,65 @@ from evals.scores.score import Score, Unit
 
 UNTRAINED = "untrained bridges"
 UNIGRAM = "unigram frequencies of the same text"
-ROWS: dict[str, tuple[str, Unit]] = {  # key: (row name, unit)
-    "encoder_fvu": ("encoder FVU", "fraction"),
-    "decoder_fvu": ("decoder FVU", "fraction"),
-    "up": ("KL, dense to sparse", "nats per token"),
-    "down": ("KL, sparse to dense", "nats per token"),
-}
+
+
+class Moments(NamedTuple):
+    """Of the residuals of every block: what their spread about any mean is made of."""
+
+    square: Float[Tensor, " batch"]
+    """sum over positions of |x|^2"""
+    total: Float[Tensor, "batch d"]
+    """sum over positions of x"""
+
+    @classmethod
+    def of(cls, x: Float[Tensor, "batch pos d"]) -> Moments:
+        x = x.double()
+        return cls(x.square().sum((1, 2)).cpu(), x.sum(1).cpu())
+
+    def about_the_mean(self, n_pos: int) -> Float[Tensor, " batch"]:
+        """Return per block sum |x - mean|^2, the mean being over all blocks."""
+        mean = self.total.sum(0) / (n_pos * len(self.total))
+        return self.square - 2 * self.total @ mean + n_pos * mean.square().sum()
+
+
+class SiteSums(NamedTuple):
+    """What one bridged site gives, per block; the trained bridges lead, then the untrained."""
+
+    encoder_error: Float[Tensor, "set batch"]
+    """sum over positions of |encode(h) - z|^2"""
+    decoder_error: Float[Tensor, "set batch"]
+    """sum over positions of |decode(z) - h|^2"""
+    up: Float[Tensor, "set batch"]
+    """Mean KL of the hybrids dense to sparse, nats per token."""
+    down: Float[Tensor, "set batch"]
+    """Mean KL of the hybrids sparse to dense, nats per token."""
+    up_ce: Float[Tensor, "set batch"]
+    """Their cross entropies, nats per token."""
+    down_ce: Float[Tensor, "set batch"]
+
+
+class ModelMeans(NamedTuple):
+    """What both models and the unigram frequencies are worth, per block, nats per token."""
+
+    dense: Float[Tensor, " batch"]
+    """Cross entropy."""
+    sparse: Float[Tensor, " batch"]
+    unigram: Float[Tensor, " batch"]
+    kl: Float[Tensor, " batch"]
+    """KL(dense || sparse)"""
+    kl_unigram: Float[Tensor, " batch"]
+    """KL(dense || unigram)"""
+
+
+class Measured(NamedTuple):
+    """Everything the rows are made of, on some blocks."""
+
+    models: ModelMeans
+    sites: dict[int, SiteSums]
+    """By the dense site of the bridge."""
+    h: dict[int, Moments]
+    z: dict[int, Moments]
+    """Of the sparse residual that the bridge's dense site stands for."""
 
 
 @torch.no_grad()
@@ -49,24 +101,29 @@ def evaluate_bridge(
 
     Per bridged site the four measures above, each beside `draws` untrained bridges of the same
     config, centring and scale; then both models' cross entropy, KL(dense || sparse) and the loss
-    the hybrids recover, beside the unigram frequencies of the same text; where the dense model is
-    no better than these, there is no loss to recover and those rows are left out.
+    the hybrids recover, beside the unigram frequencies of the same text. Where the dense model is
+    no better than these, there is no loss to recover and those rows are left out. Raises ValueError
+    for fewer than two blocks.
+
+    >>> from bridges import load_run
+    >>> run = load_run("tiny")
+    >>> rows = evaluate_bridge(run, run.heldout()[:2], draws=1)
+    >>> rows[0].name, rows[0].unit, rows[0].outcome
+    ('site 0: encoder FVU', 'fraction', 'beats')
     """
     if len(blocks) < 2:
         raise ValueError(f"evaluate_bridge: {len(blocks)} block; an error needs at least 2")
     run.bridges.check(run.dense, run.sparse)
     sets: list[BridgeSet] = [run.bridges, *(untrained(run.bridges, seed + i) for i in range(draws))]
     unigram = _unigram(blocks, run.dense.vocab_size)
-    seen: dict[Any, list[Tensor]] = defaultdict(list)
+    parts: list[Measured] = []
     starts = range(0, len(blocks), batch_size)
     for start in tqdm(starts, desc="bridges", disable=not progress, leave=False):
         ids = blocks[start : start + batch_size].to(run.dense.device)
-        for key, per_block in _measure(run, sets, ids, unigram).items():
-            seen[key].append(per_block.cpu().double())
-    data = {key: torch.cat(parts, dim=-1 if key[0] in ROWS else 0) for key, parts in seen.items()}
-    sites = run.bridges.config.sites
-    rows = [row for s in sites for row in _site_rows(data, s, blocks.shape[1], seed)]
-    return rows + _model_rows(data, sites, seed)
+        parts.append(_measure(run, sets, ids, unigram))
+    data = _joined(parts)
+    rows = [row for s in data.sites for row in _site_rows(data, s, blocks.shape[1], seed)]
+    return rows + _model_rows(data, seed)
 
 
 def untrained(bridges: BridgeSet, seed: int) -> BridgeSet:
@@ -76,32 +133,40 @@ def untrained(bridges: BridgeSet, seed: int) -> BridgeSet:
     return fresh.to(bridges.mean.device).eval()
 
 
-def _measure(run: Any, sets: list[BridgeSet], ids: Tensor, unigram: Tensor) -> dict[Any, Tensor]:
-    """Return, per block, every sum and mean the rows need; bridge sets lead where there are any."""
+def _measure(run: Any, sets: list[BridgeSet], ids: Tensor, unigram: Tensor) -> Measured:
+    """Return, per block of `ids`, every sum and mean the rows need."""
     h, z = run.dense.residuals(ids), run.sparse.residuals(ids)
     y, own = run.dense.unembed(h[-1], ids), run.sparse.unembed(z[-1], ids)
     flat = unigram.to(y.device).expand_as(y)
-    out: dict[Any, Tensor] = {
-        ("ce", "dense"): ce_nats(y, ids).mean(-1),
-        ("ce", "sparse"): ce_nats(own, ids).mean(-1),
-        ("ce", "unigram"): ce_nats(flat, ids).mean(-1),
-        ("kl", "sparse"): kl_nats(y, own).mean(-1),
-        ("kl", "unigram"): kl_nats(y, flat).mean(-1),
-    }
-    for s, at in run.bridges.config.pairs.items():
-        for key, x in (("h", h[s]), ("z", z[at])):
-            x = x.double()
-            moments = [x.square().sum((1, 2))[:, None], x.sum(1)]
-            out[key, s] = torch.cat(moments, dim=1)  # batch 1+d
-    parts = [_crossed(run, b, h, z, y, ids) for b in sets]
-    out |= {key: torch.stack([part[key] for part in parts]) for key in parts[0] if key[0] in ROWS}
-    return out | {key: value for key, value in parts[0].items() if key[0] not in ROWS}
+    pairs = run.bridges.config.pairs
+    crossed = [_crossed(run, bridges, h, z, y, ids) for bridges in sets]
+    return Measured(
+        models=ModelMeans(
+            dense=_kept(ce_nats(y, ids).mean(-1)),
+            sparse=_kept(ce_nats(own, ids).mean(-1)),
+            unigram=_kept(ce_nats(flat, ids).mean(-1)),
+            kl=_kept(kl_nats(y, own).mean(-1)),
+            kl_unigram=_kept(kl_nats(y, flat).mean(-1)),
+        ),
+        sites={s: _of_all_sets([of_set[s] for of_set in crossed]) for s in pairs},
+        h={s: Moments.of(h[s]) for s in pairs},
+        z={s: Moments.of(z[t]) for s, t in pairs.items()},
+    )
+
+
+def _of_all_sets(each: list[tuple[Tensor, ...]]) -> SiteSums:
+    """Return what every set of bridges gave at one site, the sets along the first axis."""
+    return SiteSums(*(_kept(torch.stack(values)) for values in zip(*each, strict=True)))
+
+
+def _kept(x: Tensor) -> Tensor:
+    return x.cpu().double()
 
 
 def _crossed(
     run: Any, bridges: BridgeSet, h: list[Tensor], z: list[Tensor], y: Tensor, ids: Tensor
-) -> dict[Any, Tensor]:
-    """Return, per block, what crossing the bridges of one set costs, and the hybrids' nats.
+) -> dict[int, tuple[Tensor, ...]]:
+    """Return, per site and block, what crossing the bridges of one set costs: `SiteSums` of a set.
 
     One joined pass through either model serves all sites.
     """
@@ -113,68 +178,95 @@ def _crossed(
     )
     to_dense = run.dense.joined(down, dict.fromkeys(pairs, ids))
     for s, t in pairs.items():
-        out["encoder_fvu", s] = (up[s] - z[t]).square().sum((1, 2))
-        out["decoder_fvu", s] = (down[s] - h[s]).square().sum((1, 2))
-        for key, model, end in (
-            ("up", run.sparse, to_sparse[t]),
-            ("down", run.dense, to_dense[s]),
-        ):
-            x = model.unembed(end, ids)
-            out[key, s], out[f"{key}_ce", s] = kl_nats(y, x).mean(-1), ce_nats(x, ids).mean(-1)
+        ended_up = run.sparse.unembed(to_sparse[t], ids)
+        ended_down = run.dense.unembed(to_dense[s], ids)
+        out[s] = (
+            (up[s] - z[t]).square().sum((1, 2)),
+            (down[s] - h[s]).square().sum((1, 2)),
+            kl_nats(y, ended_up).mean(-1),
+            kl_nats(y, ended_down).mean(-1),
+            ce_nats(ended_up, ids).mean(-1),
+            ce_nats(ended_down, ids).mean(-1),
+        )
     return out
 
 
-def _site_rows(data: dict[Any, Tensor], s: int, n_pos: int, seed: int) -> list[Score]:
-    rows = []
-    for key, (name, unit) in ROWS.items():
-        values, weights = data[key, s], None
-        if unit == "fraction":
-            weights = _about_the_mean(data["z" if key == "encoder_fvu" else "h", s], n_pos)
-            values = values / weights
-        rows.append(
-            paired(
-                f"site {s}: {name}",
-                values[0],
-                values[1:],
-                weights=weights,
-                unit=unit,
-                control_name=UNTRAINED,
-                better="lower",
-                seed=seed,
-            )
+def _joined(parts: list[Measured]) -> Measured:
+    """Return the measurements of all blocks as one; blocks are the last axis, but of moments."""
+    sites = list(parts[0].sites)
+
+    def moments(of: list[dict[int, Moments]]) -> dict[int, Moments]:
+        return {
+            s: Moments(*(torch.cat(x) for x in zip(*(p[s] for p in of), strict=True)))
+            for s in sites
+        }
+
+    return Measured(
+        models=ModelMeans(*(torch.cat(x) for x in zip(*(p.models for p in parts), strict=True))),
+        sites={
+            s: SiteSums(*(torch.cat(x, -1) for x in zip(*(p.sites[s] for p in parts), strict=True)))
+            for s in sites
+        },
+        h=moments([p.h for p in parts]),
+        z=moments([p.z for p in parts]),
+    )
+
+
+def _site_rows(data: Measured, s: int, n_pos: int, seed: int) -> list[Score]:
+    """Score one bridge: two fractions of variance, weighted by it, and two KLs."""
+    site = data.sites[s]
+    of_z, of_h = data.z[s].about_the_mean(n_pos), data.h[s].about_the_mean(n_pos)
+
+    def row(key: str, name: str, unit: Unit, x: Tensor, weights: Tensor | None = None) -> Score:
+        return paired(
+            f"site {s}: {name}",
+            x[0],
+            x[1:],
+            key=f"bridge.site.{s}.{key}",
+            weights=weights,
+            unit=unit,
+            control_name=UNTRAINED,
+            better="lower",
+            seed=seed,
         )
-    return rows
+
+    nats: Unit = "nats per token"
+    return [
+        row("encoder_fvu", "encoder FVU", "fraction", site.encoder_error / of_z, of_z),
+        row("decoder_fvu", "decoder FVU", "fraction", site.decoder_error / of_h, of_h),
+        row("up", "KL, dense to sparse", nats, site.up),
+        row("down", "KL, sparse to dense", nats, site.down),
+    ]
 
 
-def _about_the_mean(moments: Tensor, n_pos: int) -> Float[Tensor, " batch"]:
-    """Return per block sum |x - mean|^2, the mean being over all blocks; moments hold |x|^2, x."""
-    square, total, t = moments[:, 0], moments[:, 1:], n_pos
-    mean = total.sum(0) / (t * len(total))
-    return square - 2 * total @ mean + t * mean.square().sum()
+def _model_rows(data: Measured, seed: int) -> list[Score]:
+    """Score both models and, where there is a loss to recover, the hybrids' share of it."""
+    m = data.models
 
-
-def _model_rows(data: dict[Any, Tensor], sites: tuple[int, ...], seed: int) -> list[Score]:
-    dense, sparse, unigram = (data["ce", who] for who in ("dense", "sparse", "unigram"))
-
-    def row(name: str, values: Tensor, control: Tensor, **more: Any) -> Score:
+    def row(key: str, name: str, values: Tensor, control: Tensor, **more: Any) -> Score:
         given = {"unit": "nats per token", "control_name": UNIGRAM, "better": "lower", "seed": seed}
-        return paired(name, values, control[None], **{**given, **more})
+        return paired(name, values, control[None], key=f"bridge.{key}", **{**given, **more})
 
     rows = [
-        row("cross entropy, dense", dense, unigram),
-        row("cross entropy, sparse", sparse, unigram),
-        row("KL(dense || sparse)", data["kl", "sparse"], data["kl", "unigram"]),
+        row("ce.dense", "cross entropy, dense", m.dense, m.unigram),
+        row("ce.sparse", "cross entropy, sparse", m.sparse, m.unigram),
+        row("kl", "KL(dense || sparse)", m.kl, m.kl_unigram),
     ]
-    if (unigram - dense).sum() <= 0:
+    if (m.unigram - m.dense).sum() <= 0:
         return rows  # nothing between the two to recover, and no fraction of it
-    room = (unigram - dense).clamp(min=1e-6)
-    for key, name in (("up_ce", "dense to sparse"), ("down_ce", "sparse to dense")):
-        each = {s: (unigram - data[key, s]) / room for s in sites}
+    room = (m.unigram - m.dense).clamp(min=1e-6)
+    ways = {
+        "up": ("dense to sparse", {s: site.up_ce[0] for s, site in data.sites.items()}),
+        "down": ("sparse to dense", {s: site.down_ce[0] for s, site in data.sites.items()}),
+    }
+    for way, (name, ce) in ways.items():
+        each = {s: (m.unigram - x) / room for s, x in ce.items()}
         total = room.sum()
         detail = {f"site {s}": float((room * x).sum() / total) for s, x in each.items()}
         mean = torch.stack(list(each.values())).mean(0)
         more = {"unit": "fraction", "better": "higher", "weights": room, "detail": detail}
-        rows.append(row(f"loss recovered, {name}", mean, torch.zeros_like(mean), **more))
+        none = torch.zeros_like(mean)
+        rows.append(row(f"recovered.{way}", f"loss recovered, {name}", mean, none, **more))
     return rows
 
 

@@ -9,7 +9,7 @@ Every mean is over pairs, the independent unit; both contexts of a pair count ha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -23,18 +23,56 @@ from bridges.losses.quantities import kl_nats
 from evals.scores.paired import counted, paired, per_pair
 from evals.scores.score import Score
 from sparse.circuits.circuit import Circuit
-from sparse.circuits.graph import Node
-from sparse.circuits.mask import masked
+from sparse.circuits.graph import nodes_of
 from sparse.circuits.means import load_means
 from sparse.circuits.pruning.config import PruneConfig
 from sparse.circuits.pruning.learn import learn
-from sparse.circuits.score import last_logits
+from sparse.circuits.score import circuit_logits, last_logits
 from sparse.model.gpt import SparseGPT
 from sparse.tasks.batch import TaskBatch, task_nats
 
 RANDOM = "random circuits of equal size"
 OTHERS = "random sets of equally many other nodes"
 Masks = Mapping[str, Tensor]
+Measure = Callable[[Circuit], Tensor]
+
+
+class _Split:
+    """One split of the circuit's task in the sparse model, and what any circuit does there."""
+
+    def __init__(self, model: SparseGPT, circuit: Circuit, batch: TaskBatch) -> None:
+        self.model, self.circuit, self.batch = model, circuit, batch
+        self.full = last_logits(model, batch)
+
+    def sufficient(self, c: Circuit, ablation: Masks) -> Float[Tensor, " pair"]:
+        """Task loss in nats with everything outside `c` ablated."""
+        return per_pair(task_nats(self._logits(c.masks(), ablation), self.batch))
+
+    def necessary(self, c: Circuit) -> Float[Tensor, " pair"]:
+        """Task loss in nats with `c` alone ablated."""
+        rest = {at: ~mask for at, mask in c.masks().items()}
+        return per_pair(task_nats(self._logits(rest, self.circuit.ablation), self.batch))
+
+    def fidelity(self, c: Circuit) -> Float[Tensor, " pair"]:
+        """KL(full || c) in nats at the scored position, over the whole vocabulary."""
+        return per_pair(kl_nats(self.full, self._logits(c.masks(), self.circuit.ablation)))
+
+    def detail(self) -> dict[str, Any]:
+        """Return what a reader needs beside the rows: the full model, the empty circuit, ..."""
+        circuit, batch = self.circuit, self.batch
+        empty = self.sufficient(circuit.with_nodes([], "none"), circuit.ablation)
+        return {
+            "split": batch.split,
+            "pairs": batch.n_pairs,
+            "full model": float(task_nats(self.full, batch).mean()),
+            "everything ablated": float(empty.mean()),
+            "target loss": circuit.target_loss,
+            "targets": [list(pair) for pair in batch.targets],
+            "dropped pairs": batch.dropped,
+        }
+
+    def _logits(self, keep: Masks, ablation: Masks) -> Float[Tensor, "prompt vocab"]:
+        return circuit_logits(self.model, self.batch, keep, ablation)
 
 
 @torch.no_grad()
@@ -56,48 +94,63 @@ def evaluate_circuit(
     `nonsense` is what `prune` found for the nonsense twin of the task, the control of the size;
     `equal_size` its circuit of as many nodes (`nonsense_at_size`; one row if both are of one size):
     a low loss there too means the method is over-expressive. `means` serve a second row where the
-    ablation is zero (default: its source folder's, or no row). ValueError for another's circuit.
+    ablation is zero (default: its source folder's, or no row). Raises ValueError for a circuit of
+    another model.
+
+    >>> from bridges import load_run
+    >>> run = load_run("tiny")
+    >>> circuit = run.circuits()["single_double_quote"]
+    >>> rows = evaluate_circuit(run.sparse, circuit, run.tokenizer, draws=3)
+    >>> rows[0].key, rows[0].unit, rows[0].outcome
+    ('circuit.sufficiency.mean', 'nats', 'beats')
     """
     circuit.check(model)
     batch = circuit.task.batch(tokenizer, split).to(next(model.parameters()).device)
     drawn = [circuit.random(model, seed + i) for i in range(draws)]
     apart = [circuit.random(model, seed + i, outside=True) for i in range(draws)]
+    on_split = _Split(model, circuit, batch)
     bar = tqdm(total=4 * (draws + 1), desc="circuit", disable=not progress, leave=False)
-    full = last_logits(model, batch)
 
-    def logits(keep: Masks, ablation: Masks) -> Float[Tensor, "prompt vocab"]:
-        bar.update()
-        with masked(model, keep, ablation):
-            return last_logits(model, batch)
+    def row(key: str, name: str, measure: Measure, controls: list[Circuit], **more: Any) -> Score:
+        def measured(c: Circuit) -> Tensor:
+            bar.update()
+            return measure(c)
 
-    def sufficient(c: Circuit, ablation: Masks) -> Float[Tensor, " pair"]:
-        return per_pair(task_nats(logits(c.masks(), ablation), batch))
-
-    def necessary(c: Circuit) -> Float[Tensor, " pair"]:
-        rest = {at: ~mask for at, mask in c.masks().items()}
-        return per_pair(task_nats(logits(rest, circuit.ablation), batch))
-
-    def fidelity(c: Circuit) -> Float[Tensor, " pair"]:
-        return per_pair(kl_nats(full, logits(c.masks(), circuit.ablation)))
-
-    def row(name: str, measure: Any, controls: list[Circuit], **more: Any) -> Score:
-        control = torch.stack([measure(c) for c in controls])
+        control = torch.stack([measured(c) for c in controls])
         given = {"unit": "nats", "better": "lower", "control_name": RANDOM, "seed": seed}
-        return paired(name, measure(circuit), control, **{**given, **more})
+        given |= {"key": f"circuit.{key}", "detail": detail}
+        return paired(name, measured(circuit), control, **{**given, **more})
 
-    nothing = circuit.with_nodes([], "none")
-    detail = _context(circuit, batch, full, sufficient(nothing, circuit.ablation))
-    rows = [
-        row(f"sufficiency, {kind} ablation", partial(sufficient, ablation=a), drawn, detail=detail)
-        for kind, a in _ablations(circuit, means).items()
-    ]
-    more = {"better": "higher", "control_name": OTHERS}
-    rows.append(row("necessity", necessary, apart, detail=detail, **more))
-    rows.append(row("KL(full || circuit)", fidelity, drawn, detail=detail))
-    bar.close()
+    with bar:
+        detail = on_split.detail()
+        rows = []
+        for kind, values in _ablations(circuit, means).items():
+            measure = partial(on_split.sufficient, ablation=values)
+            name = f"sufficiency, {kind} ablation"
+            rows.append(row(f"sufficiency.{kind}", name, measure, drawn))
+        others = {"better": "higher", "control_name": OTHERS}
+        rows.append(row("necessity", "necessity", on_split.necessary, apart, **others))
+        rows.append(row("fidelity", "KL(full || circuit)", on_split.fidelity, drawn))
     rows += _sizes(model, circuit, drawn, nonsense)
-    twins = reversed({len(t): t for t in (nonsense, equal_size) if t is not None}.values())
-    return rows + [_nonsense(model, circuit, twin, tokenizer, batch, seed) for twin in twins]
+    return rows + _twins(model, circuit, nonsense, equal_size, tokenizer, batch, seed)
+
+
+def _twins(
+    model: SparseGPT,
+    circuit: Circuit,
+    nonsense: Circuit | None,
+    equal_size: Circuit | None,
+    tokenizer: Any,
+    batch: TaskBatch,
+    seed: int,
+) -> list[Score]:
+    """Score the circuit beside its nonsense twin's; one row where both are of one size."""
+    twins: dict[str, Circuit] = {}
+    if equal_size is not None:
+        twins["nonsense.equal_size"] = equal_size
+    if nonsense is not None and (equal_size is None or len(nonsense) != len(equal_size)):
+        twins["nonsense.found_size"] = nonsense
+    return [_nonsense(model, circuit, t, tokenizer, batch, seed, k) for k, t in twins.items()]
 
 
 def nonsense_at_size(
@@ -116,7 +169,7 @@ def nonsense_at_size(
         if same and _config(nonsense) == config:
             return nonsense.resized(k)
     batch = twin.batch(tokenizer, "train").to(next(model.parameters()).device)
-    everything = [Node(at, i) for at, x in circuit.ablation.items() for i in range(len(x))]
+    everything = nodes_of(circuit.ablation)
     tau = learn(model.eval(), batch, config, circuit.ablation)
     best = tau.argsort(descending=True, stable=True)[:k].tolist()
     return replace(circuit.with_nodes([everything[i] for i in best], "nonsense"), task=twin)
@@ -125,18 +178,6 @@ def nonsense_at_size(
 def _config(circuit: Circuit) -> PruneConfig:
     known = PruneConfig.__dataclass_fields__
     return PruneConfig.from_dict({k: v for k, v in circuit.config.items() if k in known})
-
-
-def _context(circuit: Circuit, batch: TaskBatch, full: Tensor, empty: Tensor) -> dict[str, Any]:
-    return {
-        "split": batch.split,
-        "pairs": batch.n_pairs,
-        "full model": float(task_nats(full, batch).mean()),
-        "everything ablated": float(empty.mean()),
-        "target loss": circuit.target_loss,
-        "targets": [list(pair) for pair in batch.targets],
-        "dropped pairs": batch.dropped,
-    }
 
 
 def _ablations(circuit: Circuit, means: Masks | None) -> dict[str, Masks]:
@@ -159,12 +200,20 @@ def _sizes(
     else:
         draws, name = (len(nonsense),), "the nonsense twin"
     nodes = counted(
-        "nodes", len(circuit), draws, unit="nodes", control_name=name, better="lower", detail=whole
+        "nodes",
+        len(circuit),
+        draws,
+        key="circuit.nodes",
+        unit="nodes",
+        control_name=name,
+        better="lower",
+        detail=whole,
     )
     edges = counted(
         "edges among its nodes",
         len(circuit.edges(model)),
         tuple(len(c.edges(model)) for c in drawn),
+        key="circuit.edges",
         unit="edges",
         control_name=RANDOM,
         better="higher",
@@ -174,7 +223,13 @@ def _sizes(
 
 
 def _nonsense(
-    model: SparseGPT, circuit: Circuit, twin: Circuit, tokenizer: Any, batch: TaskBatch, seed: int
+    model: SparseGPT,
+    circuit: Circuit,
+    twin: Circuit,
+    tokenizer: Any,
+    batch: TaskBatch,
+    seed: int,
+    key: str,
 ) -> Score:
     """Score the circuit's loss beside the loss its nonsense twin reaches on the nonsense task.
 
@@ -192,14 +247,14 @@ def _nonsense(
     mine, theirs = torch.tensor(both, device=batch.ids.device).T
     losses = []
     for c, b, rows in ((circuit, batch, mine), (twin, other, theirs)):
-        with masked(model, c.masks(), c.ablation):
-            scored = last_logits(model, b)
+        scored = circuit_logits(model, b, c.masks(), c.ablation)
         losses.append(per_pair(task_nats(scored, b))[rows])
     full = task_nats(last_logits(model, other), other)
     return paired(
         f"nonsense twin ({len(twin)} nodes, the circuit {len(circuit)})",
         losses[0],
         losses[1][None],
+        key=f"circuit.{key}",
         unit="nats",
         control_name=f"the nonsense twin's circuit of {len(twin)} nodes",
         better="lower",

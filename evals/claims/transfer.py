@@ -1,6 +1,6 @@
 """Does a sparse circuit move the dense model, and more than chance would?
 
-    delta        what the circuit's intervention adds to the dense stream at one site (5.3)
+    delta        what the circuit's intervention adds to the dense stream at one site
     steer        P(target of the other context), two-token softmax, at h + strength * delta
     ablate       task nats of the dense model at h + delta of ablating the circuit's nodes
     directions   at every token, a direction drawn at random of the length of delta there
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from bridges.transfer.intervention import Ablation
 from evals.scores.controls import random_like, rotated
 from evals.scores.curve import Curve
 from evals.scores.paired import paired, per_pair
@@ -119,6 +120,15 @@ def _best_strength(
     return float(strengths[max(range(len(effects)), key=effects.__getitem__)])
 
 
+class _Answers(NamedTuple):
+    """What some deltas do, per pair: one row for the claim, one per draw for a control."""
+
+    moved: Float[Tensor, "draws pair"]
+    """P of the other target."""
+    margin: Float[Tensor, "draws pair"]
+    """Its logit margin."""
+
+
 def _steer_rows(
     trial: Trial,
     draws_at: dict[float, int],
@@ -129,10 +139,15 @@ def _steer_rows(
 ) -> tuple[list[Score], Curve]:
     """Score steering at strength 1 and `chosen`; draw the curve over all strengths."""
     untouched, patch = trial.logits(0 * trial.delta), trial.logits(trial.true)
-    others = [
-        trial.mapped.delta_steer(trial.ids, trial.counterfactual, nodes=list(circuit))
-        for circuit in trial.circuits(circuit_draws, seed)
-    ]
+    others = [trial.steered_by(circuit) for circuit in trial.circuits(circuit_draws, seed)]
+    detail = {
+        "site": trial.site,
+        "untouched": float(trial.moved(untouched).mean()),
+        "full activation patch": float(trial.moved(patch).mean()),
+        "untouched logits": float(trial.margin(untouched).mean()),
+        "full activation patch logits": float(trial.margin(patch).mean()),
+        "best strength on validation": chosen,
+    }
     rows: list[Score] = []
     lines: dict[str, list[Tensor]] = {"circuit": [], DIRECTIONS: [], ROTATIONS: [], CIRCUITS: []}
     on_curve = min(draws_at.values())
@@ -140,45 +155,67 @@ def _steer_rows(
         own = trial.logits(strength * trial.delta)
         scaled, seeds = strength * trial.delta, range(seed, seed + draws)
         controls = {
-            DIRECTIONS: _stack(trial, (random_like(scaled, i) for i in seeds), tick),
-            ROTATIONS: _stack(trial, (rotated(scaled, i) for i in seeds), tick),
-            CIRCUITS: _stack(trial, (strength * other for other in others), tick),
+            DIRECTIONS: _answers(trial, (random_like(scaled, i) for i in seeds), tick),
+            ROTATIONS: _answers(trial, (rotated(scaled, i) for i in seeds), tick),
+            CIRCUITS: _answers(trial, (strength * other for other in others), tick),
         }
         lines["circuit"].append(trial.moved(own).mean()[None])
-        for name, (moved, _) in controls.items():
-            lines[name].append(moved.mean(-1)[:on_curve])
-        if strength not in (1, chosen):
-            continue
-        word = "strength 1" if strength == 1 else f"strength {strength:g}, best on validation"
-        detail = {
-            "site": trial.site,
-            "untouched": float(trial.moved(untouched).mean()),
-            "full activation patch": float(trial.moved(patch).mean()),
-            "untouched logits": float(trial.margin(untouched).mean()),
-            "full activation patch logits": float(trial.margin(patch).mean()),
-            "best strength on validation": chosen,
-        }
-        given = {"better": "higher", "detail": detail, "seed": seed}
-        for name, (moved, margin) in controls.items():
-            against = SHORT[name]
-            p = {"unit": "probability", "control_name": name, **given}
-            rows.append(paired(f"steering, {word}, v. {against}", trial.moved(own), moved, **p))
-            if name == DIRECTIONS:
-                p["unit"] = "logits"
-                rows.append(paired(f"steering, {word}, logits", trial.margin(own), margin, **p))
+        for name, drawn in controls.items():
+            lines[name].append(drawn.moved.mean(-1)[:on_curve])
+        if strength == 1:
+            rows += _at_strength(trial, own, controls, "strength 1", "one", detail, seed)
+        elif strength == chosen:
+            word = f"strength {strength:g}, best on validation"
+            rows += _at_strength(trial, own, controls, word, "best", detail, seed)
     return rows, _curve(trial, tuple(draws_at), lines, untouched, patch)
 
 
-def _stack(
-    trial: Trial, deltas: Iterator[Tensor], tick: Callable[[], object]
-) -> tuple[Float[Tensor, "draws pair"], Float[Tensor, "draws pair"]]:
-    """Return P of the other target and its logit margin for every delta."""
+def _at_strength(
+    trial: Trial,
+    own: Tensor,
+    controls: dict[str, _Answers],
+    word: str,
+    key: str,
+    detail: dict[str, Any],
+    seed: int,
+) -> list[Score]:
+    """Score steering at one strength beside every control, in probability; once in logits."""
+    given: dict[str, Any] = {"better": "higher", "detail": detail, "seed": seed}
+    rows = []
+    for name, drawn in controls.items():
+        against = {"control_name": name, **given}
+        rows.append(
+            paired(
+                f"steering, {word}, v. {SHORT[name]}",
+                trial.moved(own),
+                drawn.moved,
+                key=f"transfer.steering.{key}.{SHORT[name]}",
+                unit="probability",
+                **against,
+            )
+        )
+        if name == DIRECTIONS:
+            rows.append(
+                paired(
+                    f"steering, {word}, logits",
+                    trial.margin(own),
+                    drawn.margin,
+                    key=f"transfer.steering.{key}.logits",
+                    unit="logits",
+                    **against,
+                )
+            )
+    return rows
+
+
+def _answers(trial: Trial, deltas: Iterator[Tensor], tick: Callable[[], object]) -> _Answers:
+    """Return what every delta does."""
     moved, margin = [], []
     for y in trial.many(deltas):
         moved.append(trial.moved(y))
         margin.append(trial.margin(y))
         tick()
-    return torch.stack(moved), torch.stack(margin)
+    return _Answers(torch.stack(moved), torch.stack(margin))
 
 
 def _curve(
@@ -220,10 +257,7 @@ def _shape_rows(trial: Trial, draws: int, circuit_draws: int, seed: int) -> list
 
     randoms = torch.stack([cosine(random_like(trial.delta, seed + i)) for i in range(draws)])
     others = torch.stack(
-        [
-            length(trial.mapped.delta_steer(trial.ids, trial.counterfactual, nodes=list(circuit)))
-            for circuit in trial.circuits(circuit_draws, seed)
-        ]
+        [length(trial.steered_by(circuit)) for circuit in trial.circuits(circuit_draws, seed)]
     )
     given = {"better": "higher", "seed": seed, "detail": {"site": trial.site}}
     return [
@@ -231,6 +265,7 @@ def _shape_rows(trial: Trial, draws: int, circuit_draws: int, seed: int) -> list
             "cosine of delta with the true dense difference",
             cosine(trial.delta),
             randoms,
+            key="transfer.cosine",
             unit="cosine",
             control_name=DIRECTIONS,
             **given,
@@ -239,6 +274,7 @@ def _shape_rows(trial: Trial, draws: int, circuit_draws: int, seed: int) -> list
             "norm of delta over that of the true difference",
             length(trial.delta),
             others,
+            key="transfer.norm",
             unit="ratio",
             control_name=CIRCUITS,
             **given,
@@ -250,10 +286,10 @@ def _ablation_rows(
     trial: Trial, draws: int, node_draws: int, seed: int, tick: Callable[[], object]
 ) -> list[Score]:
     """Score how much ablating the circuit's nodes hurts the dense model."""
-    delta = trial.mapped.delta_ablate(trial.ids)
+    delta = trial.mapped.delta(Ablation(), trial.ids)
     own = trial.nats(trial.logits(delta))
     nodes = (
-        trial.mapped.delta_ablate(trial.ids, nodes=list(circuit))
+        trial.mapped.delta(Ablation(list(circuit)), trial.ids)
         for circuit in trial.circuits(node_draws, seed, outside=True)
     )
     seeds = range(seed, seed + draws)
@@ -275,6 +311,7 @@ def _ablation_rows(
                 f"ablation, v. {SHORT[name]}",
                 own,
                 torch.stack(found),
+                key=f"transfer.ablation.{SHORT[name]}",
                 unit="nats",
                 control_name=name,
                 better="higher",

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bridges.transfer.intervention import Steering
 from evals.scores.paired import per_pair
 from sparse.circuits.circuit import Circuit
 from sparse.tasks.batch import TaskBatch, logit_difference, task_nats
@@ -41,7 +42,11 @@ class Trial:
         self.counterfactual = self.batch.counterfactual()
         self.h = self.dense.residuals(self.ids)[self.site]
         self.true = self.dense.residuals(self.counterfactual)[self.site] - self.h
-        self.delta: Tensor = dense_circuit.delta_steer(self.ids, self.counterfactual)
+        self.delta: Tensor = dense_circuit.delta(Steering(self.counterfactual), self.ids)
+
+    def steered_by(self, circuit: Circuit) -> Float[Tensor, "prompt pos d_dense"]:
+        """Return the delta of steering with the nodes of another circuit."""
+        return self.mapped.delta(Steering(self.counterfactual, list(circuit)), self.ids)
 
     def logits(self, delta: Float[Tensor, "prompt pos d_dense"]) -> Tensor:
         """Return the logits at the scored positions with `delta` added at the site."""

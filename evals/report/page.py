@@ -12,7 +12,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from evals.scores.score import Score
+from evals.scores.score import Outcome, Score
 from sparse.circuits.view.layout import graph_layout
 
 from .cells import cells, number
@@ -41,6 +41,19 @@ LEGEND = (
      "prompts; strengths of differently trained bridges cannot be compared"),
     ("FVU", "fraction of variance a bridge misses: 0 perfect, 1 no better than the mean"),
 )  # fmt: skip
+
+
+TELLING = (
+    "circuit.sufficiency.mean",
+    "circuit.necessity",
+    "circuit.nonsense",
+    "transfer.ablation.nodes",
+    "transfer.steering.one.directions",
+    "transfer.steering.one.rotations",
+    "bridge.recovered",
+    "bridge.kl",
+)
+"""Beginnings of the keys of the rows that the summary shows."""
 
 
 def page(report: Report, log: Sequence[Mapping[str, Any]] = ()) -> str:
@@ -81,10 +94,8 @@ def _render(report: Report, log: Sequence[Mapping[str, Any]], graphs: list[dict[
     )
 
 
-def state(row: Score) -> str:
-    """Return good, bad or open, as the verdict has it."""
-    good = row.verdict.startswith(("beats", "better"))
-    return "good" if good else "bad" if row.verdict.startswith("worse") else "open"
+STATES: dict[Outcome, str] = {"beats": "good", "worse": "bad", "indistinguishable": "open"}
+"""How the page marks an outcome."""
 
 
 def _row(row: Score) -> dict[str, Any]:
@@ -100,7 +111,7 @@ def _row(row: Score) -> dict[str, Any]:
         "interval": f"95 % interval {low} to {high}",
         "n": n,
         "verdict": verdict,
-        "state": state(row),
+        "state": STATES[row.outcome],
         "strip": strip(row),
         "detail": [(key, _plain(value)) for key, value in row.detail.items()],
     }
@@ -128,18 +139,11 @@ def _summary(report: Report) -> list[dict[str, Any]]:
     """Return, per section, how its rows came out, and the row that says most."""
     lines = []
     for heading, rows in report.sections.items():
-        counts = {kind: sum(state(row) == kind for row in rows) for kind in ("good", "open", "bad")}
+        counts = {word: sum(row.outcome == o for row in rows) for o, word in STATES.items()}
         lines.append({"heading": heading, "n": len(rows), **counts, "rows": _telling(rows)})
     return lines
 
 
 def _telling(rows: Sequence[Score]) -> list[dict[str, Any]]:
     """Return the rows a claim stands or falls with."""
-    wanted = ("sufficiency, mean", "necessity", "nonsense twin", "ablation, v. nodes")
-    wanted += (
-        "steering, strength 1, v. directions",
-        "steering, strength 1, v. rotations",
-        "loss recovered",
-        "KL(dense || sparse)",
-    )
-    return [_row(row) for row in rows if row.name.startswith(wanted)]
+    return [_row(row) for row in rows if row.key.startswith(TELLING)]

@@ -17,9 +17,12 @@ from evals.scores.score import Score
 from sparse.storage.atomic import replace_files
 from sparse.storage.records import checked
 
+from . import schema_1
 from .cells import COLUMNS, cells, number
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+READS = (1, SCHEMA_VERSION)
+"""Schema 1 is schema 2 without the keys and outcomes of scores; they are made on reading."""
 
 CAVEAT = (
     "A circuit that passes these tests is sufficient and necessary under the ablations named here; "
@@ -46,9 +49,12 @@ class Report:
 
     def __post_init__(self) -> None:
         for heading, rows in self.sections.items():
-            names = [row.name for row in rows]
-            if twice := sorted({name for name in names if names.count(name) > 1}):
-                raise ValueError(f"Report: section {heading!r} has {twice} twice; rename a row")
+            for what in ("name", "key"):
+                said = [getattr(row, what) for row in rows]
+                if twice := sorted({x for x in said if said.count(x) > 1}):
+                    raise ValueError(
+                        f"Report: section {heading!r} has the {what} {twice} twice; rename a row"
+                    )
 
     def __iter__(self) -> Iterator[tuple[str, Score]]:
         return ((heading, row) for heading, rows in self.sections.items() for row in rows)
@@ -74,16 +80,14 @@ class Report:
         """Read what `to_json` wrote; unknown keys and another schema version are errors."""
         values = json.loads(text)
         found = values.pop("schema_version", None) if isinstance(values, dict) else None
-        if found != SCHEMA_VERSION:
+        if found not in READS:
             raise ValueError(
-                f"this report has schema version {found}, this library reads {SCHEMA_VERSION}; "
+                f"this report has schema version {found}, this library reads {READS}; "
                 "run `python -m evals RUN_DIR` again"
             )
         values = checked(cls, values, "report", complete=True)
-        sections = {
-            heading: tuple(Score.from_dict(row) for row in rows)
-            for heading, rows in values["sections"].items()
-        }
+        read = _score if found == SCHEMA_VERSION else _score_of_schema_1
+        sections = {heading: tuple(map(read, rows)) for heading, rows in values["sections"].items()}
         curves = tuple(Curve.from_dict(curve) for curve in values["curves"])
         plain = {"graphs": tuple(values["graphs"]), "notes": tuple(values["notes"])}
         return cls(**{**values, **plain, "sections": sections, "curves": curves})
@@ -113,6 +117,14 @@ class Report:
         if not path.is_file():
             raise ValueError(f"no report.json in {folder}; write one: python -m evals {folder}")
         return cls.from_json(path.read_text(encoding="utf-8"))
+
+
+def _score(row: Mapping[str, Any]) -> Score:
+    return Score.from_dict(row)
+
+
+def _score_of_schema_1(row: Mapping[str, Any]) -> Score:
+    return Score.from_dict(schema_1.with_key(row), lacking=("outcome",))
 
 
 def table(report: Report) -> str:

@@ -17,6 +17,7 @@ def paired(
     values: Float[Tensor, " n"],
     control_draws: Float[Tensor, "draws n"],
     *,
+    key: str = "",
     unit: Unit,
     control_name: str,
     better: Better,
@@ -50,6 +51,7 @@ def paired(
     gap = (w * d).sum() / w.sum()
     stderr = (n / (n - 1) * (w * (d - gap)).square().sum()).sqrt() / w.sum()
     return Score(
+        key=key,
         name=name,
         unit=unit,
         value=float((w * v).sum() / w.sum()),
@@ -90,6 +92,7 @@ def counted(
     value: int | float,
     draws: tuple[int | float, ...],
     *,
+    key: str = "",
     unit: Unit,
     control_name: str,
     better: Better,
@@ -97,6 +100,7 @@ def counted(
 ) -> Score:
     """Score a count beside the counts of its control; a count has no sampling error (n = 1)."""
     return Score(
+        key=key,
         name=name,
         unit=unit,
         value=float(value),

@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
+
+from sparse.storage.records import checked
 
 Unit = Literal[
     "nats",
@@ -26,6 +29,8 @@ Unit = Literal[
     "edges",
 ]
 Better = Literal["higher", "lower"]
+Outcome = Literal["beats", "worse", "indistinguishable"]
+"""What a score allows one to say: better than its control, worse, or neither."""
 LEVEL = 0.95
 """Share of draws to beat, and coverage of the interval."""
 RESAMPLES = 2000
@@ -36,10 +41,21 @@ RESAMPLES = 2000
 class Score:
     """One line of a report: what was measured, beside what it would be without the cause.
 
-    Give `draws`, or `control` alone when there is one draw. `rank` and `verdict` follow.
+    Give `draws`, or `control` alone when there is one draw. `rank`, `outcome` and, in words,
+    `verdict` follow.
+
+    >>> score = Score(key="steering", name="P(other)", unit="probability", value=0.7, n=64,
+    ...               stderr=0.01, draws=tuple(i / 1000 for i in range(100)),
+    ...               control_name="random rotations")
+    >>> score.outcome, score.rank, score.verdict
+    ('beats', 100, 'beats 100 of 100 random rotations')
     """
 
     name: str
+    """What was measured, for a reader."""
+    key: str = ""
+    """What was measured, for a program: the same in every report, whatever the wording; parts are
+    joined by points. By default made of the name."""
     unit: Unit
     value: float
     """Mean over the n prompts or blocks."""
@@ -59,7 +75,10 @@ class Score:
     detail: dict[str, Any] = field(default_factory=dict)
     """Further facts for the report, as plain JSON."""
     rank: int = field(init=False)
+    """How many draws the value beats."""
+    outcome: Outcome = field(init=False)
     verdict: str = field(init=False)
+    """The outcome in words."""
 
     def __post_init__(self) -> None:
         draws = tuple(self.draws) or (() if math.isnan(self.control) else (self.control,))
@@ -75,11 +94,13 @@ class Score:
             half = 1.96 * self.stderr
             interval = (self.value - control - half, self.value - control + half)
         set_ = object.__setattr__
+        set_(self, "key", self.key or key_of(self.name))
         set_(self, "draws", draws)
         set_(self, "control", control)
         set_(self, "interval", interval)
         self._check(mean)
         set_(self, "rank", sum(self._beats(draw) for draw in draws))
+        set_(self, "outcome", self._outcome())
         set_(self, "verdict", self._verdict())
 
     def _check(self, mean: float) -> None:
@@ -120,24 +141,37 @@ class Score:
         """Return `value - control`, in `unit`."""
         return self.value - self.control
 
-    def _verdict(self) -> str:
-        """Say in plain words what `interval` and `rank` together allow.
+    @property
+    def beaten_by(self) -> int:
+        """How many draws beat the value; ties count for neither."""
+        ties = sum(draw == self.value for draw in self.draws)
+        return self.n_draws - self.rank - ties
+
+    def _outcome(self) -> Outcome:
+        """Return what `interval` and `rank` together allow (docs/method.md#scores).
 
         Among k exchangeable draws the value beats ceil(0.95 (k + 1)) or more with probability at
         most 5 %; with fewer than 19 draws it must beat all. And the interval must leave out 0.
         """
         k = self.n_draws
         enough = min(k, math.ceil(LEVEL * (k + 1)))
-        ties = sum(draw == self.value for draw in self.draws)
         low, high = self.interval if self.better == "higher" else [-x for x in self.interval[::-1]]
         if low > 0 and self.rank >= enough:
-            several = f"beats {self.rank} of {k} {self.control_name}"
-            return several if k > 1 else f"better than {self.control_name}"
-        if high < 0 and k - self.rank - ties >= enough:
-            count = f"{k - self.rank - ties} of {k} " if k > 1 else ""
-            return f"worse than its control ({count}{self.control_name})"
+            return "beats"
+        if high < 0 and self.beaten_by >= enough:
+            return "worse"
+        return "indistinguishable"
+
+    def _verdict(self) -> str:
+        """Say the outcome in plain words, with the count of draws where there are several."""
+        k, name = self.n_draws, self.control_name
+        if self.outcome == "beats":
+            return f"beats {self.rank} of {k} {name}" if k > 1 else f"better than {name}"
+        if self.outcome == "worse":
+            count = f"{self.beaten_by} of {k} " if k > 1 else ""
+            return f"worse than its control ({count}{name})"
         count = f"beats {self.rank} of {k} " if k > 1 else ""
-        return f"not distinguishable from its control ({count}{self.control_name})"
+        return f"not distinguishable from its control ({count}{name})"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the score as plain values; `from_dict` is its inverse."""
@@ -145,18 +179,28 @@ class Score:
         return values | {"draws": list(self.draws), "interval": list(self.interval)}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Score:
-        """Read what `to_dict` wrote; a missing, unknown or contradictory entry is an error."""
-        names = {f.name for f in fields(cls)}
-        if wrong := sorted(values.keys() ^ names):
-            raise ValueError(f"score: keys {wrong} are missing or unknown; it has {sorted(names)}")
+    def from_dict(cls, values: Mapping[str, Any], lacking: Collection[str] = ()) -> Score:
+        """Read what `to_dict` wrote; a missing, unknown or contradictory entry is an error.
+
+        `lacking` are fields that the file is too old to have.
+        """
+        values = checked(cls, values, "score", complete=True, besides=lacking)
         given = {f.name: values[f.name] for f in fields(cls) if f.init}
         given |= {"draws": tuple(values["draws"]), "interval": tuple(values["interval"])}
         score = cls(**given)
-        for name in ("rank", "verdict"):
-            if values[name] != getattr(score, name):
+        for name in ("rank", "outcome", "verdict"):
+            if name not in lacking and values[name] != getattr(score, name):
                 raise ValueError(
                     f"score {score.name!r}: the file says {name} {values[name]!r}, its numbers say "
                     f"{getattr(score, name)!r}; the file was edited, so run the evaluation again"
                 )
         return score
+
+
+def key_of(name: str) -> str:
+    """Return a key made of a name: its words in lower case, joined by underscores.
+
+    >>> key_of("site 0: KL, dense to sparse")
+    'site_0_kl_dense_to_sparse'
+    """
+    return "_".join(re.findall(r"[a-z0-9]+", name.lower()))

@@ -1,7 +1,7 @@
 """Circuits: the few nodes of a SparseGPT that a task needs, and everything needed to trust them.
 
 node    an entry of the vector at a location           0.mlp.post_act 17
-edge    a nonzero weight whose two ends are kept        method.md 4.5: six pairs per layer
+edge    a nonzero weight whose two ends are kept        docs/method.md#edges: six pairs per layer
 file    circuit.json, and circuit.safetensors with the values that replace the other nodes
 """
 
@@ -21,7 +21,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from sparse.circuits.extract.circuit_module import CircuitModule, Mode
 from sparse.model.config import FINAL, LOCATIONS
 from sparse.model.gpt import SparseGPT
 from sparse.storage.atomic import replace_files
@@ -208,7 +207,7 @@ class Circuit:
 
         Six pairs of locations per layer: act_in to q, k and v, v to resid_delta, and in the MLP
         act_in to post_act to resid_delta. Biases, the pairing of q with k, residual links, and the
-        embeddings are not edges (method.md 4.5).
+        embeddings are not edges (docs/method.md#edges).
         """
         return edges_of(model, self.nodes)
 
@@ -221,14 +220,9 @@ class Circuit:
                 f"{self.model_fingerprint}{where}; load that model, or prune this one"
             )
 
-    def compile(self, model: SparseGPT, mode: Mode = "exact") -> CircuitModule:
-        """Return what this circuit needs of `model`, as a module of its own that is much faster.
-
-        "exact" gives the logits of the masked model, "sliced" those without AbsTopK, which are the
-        same only where k is the width. Another model than the circuit's is a ValueError.
-        """
-        self.check(model)
-        return CircuitModule(model, self.masks(), self.ablation, mode)
+    def __getattr__(self, name: str) -> Any:
+        hint = "; it is now sparse.extract(circuit, model, mode)" if name == "compile" else ""
+        raise AttributeError(f"Circuit has no attribute {name!r}{hint}")
 
     def _like(self, other: Circuit) -> None:
         if self.model_fingerprint != other.model_fingerprint:

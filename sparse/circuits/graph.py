@@ -1,4 +1,7 @@
-"""Nodes, and the edges between them: nonzero weights whose two ends are kept (method.md 4.5)."""
+"""Nodes, and the edges between them: nonzero weights whose two ends are kept.
+
+docs/method.md#edges says what counts as an edge, and why.
+"""
 
 from __future__ import annotations
 

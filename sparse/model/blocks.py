@@ -79,11 +79,12 @@ class FixedPositions(nn.Module):
 
 
 def sinusoids(n_pos: int, width: int) -> Float[Tensor, "pos width"]:
-    """Return sines, then cosines, of h = width // 2 log-spaced periods (method.md 1.2).
+    """Return sines, then cosines, of h = width // 2 log-spaced periods.
 
         p_j = 4 (max(n_pos, 4) / 4)^(j / (h - 1)),    e_t = [sin(2 pi t / p), cos(2 pi t / p)]
 
-    An odd width ends in a channel of zeros; a width of 1 is the sine alone.
+    (docs/method.md#positions.) An odd width ends in a channel of zeros; a width of 1 is the sine
+    alone.
     """
     half = max(1, width // 2)
     periods = torch.logspace(log10(4), log10(max(n_pos, 4)), steps=half)
@@ -164,6 +165,9 @@ class MLP(nn.Module):
 
 class Block(GradientCheckpointingLayer):
     """One layer: two sublayers, each adding to the residual stream."""
+
+    sublayers_compiled: bool = False
+    """Whether `attend` and `think` run through torch.compile (modes.py)."""
 
     def __init__(self, config: SparseGPTConfig, layer_idx: int) -> None:
         super().__init__()

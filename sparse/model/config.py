@@ -7,7 +7,7 @@ from typing import Any, no_type_check
 
 from transformers import PreTrainedConfig
 
-LOCATIONS = (  # the node locations of a layer in forward order (method.md 1.4)
+LOCATIONS = (  # the node locations of a layer in forward order (docs/method.md#node-locations)
     "attn.act_in",
     "attn.q",
     "attn.k",
@@ -17,7 +17,7 @@ LOCATIONS = (  # the node locations of a layer in forward order (method.md 1.4)
     "mlp.post_act",
     "mlp.resid_delta",
 )
-FINAL = "final_resid"  # the last residual, which some released circuits hold too (model.py)
+FINAL = "final_resid"  # the last residual, which some released circuits hold too (gpt.py)
 TOPK_LOCATIONS = (  # the authors' names for the places AbsTopK acts at
     "attn_in",
     "attn_q",
@@ -78,7 +78,8 @@ class SparseGPTConfig(PreTrainedConfig):
     """The table's last row (end-of-text) gets no gradient, as in the authors' lookup."""
     positions: str = "none"
     """"learned": a table added to the embeddings. "concatenated": channels beside the residual that
-    sublayers read and never write; they widen the input of W_qkv and W_fc (method.md 1.2)."""
+    sublayers read and never write; they widen the input of W_qkv and W_fc
+    (docs/method.md#positions)."""
     position_channels: int = 0
     """Width of concatenated positions; 0 otherwise."""
     position_sinusoids: bool = False

@@ -3,7 +3,7 @@
 Shapes: batch pos vocab; d_resid = hidden_size; d_mlp = intermediate_size; q, k, v: n_head * d_head.
 Sites:  0 after the embeddings, 2i+1 after attention i, 2i+2 after MLP i; 2L+1 in all.
 Nodes:  the entries of the vectors at the eight locations of a layer, all taken after AbsTopK
-        (Gao et al. 2025, Figure 12; method.md 1.2 and 1.4):
+        (Gao et al. 2025, Figure 12; docs/method.md#the-sparse-model):
 
     u = AbsTopK(norm_1(z))                  {l}.attn.act_in
     q, k, v = AbsTopK of each third of W_qkv u + b_qkv        {l}.attn.q  {l}.attn.k  {l}.attn.v
@@ -23,6 +23,10 @@ One forward serves training, hybrid tails, masks, means and interventions: all o
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -34,6 +38,7 @@ from transformers.utils.generic import can_return_tuple
 from sparse.ops.abs_topk import AbsTopK
 
 from .config import FINAL, LOCATIONS, SparseGPTConfig
+from .modes import compiled_sublayers
 from .residual import ResidualAccess
 from .trunk import SparseGPTModel
 
@@ -133,6 +138,22 @@ class SparseGPT(ResidualAccess, GenerationMixin):
             raise ValueError("SparseGPT with a bigram table needs input_ids, got inputs_embeds")
         padding = -1 if self.config.bigram_freeze_last else None
         return logits + F.embedding(ids[:, keep], self.bigram, padding_idx=padding)
+
+    @contextmanager
+    def compile_sublayers(self, **options: Any) -> Iterator[None]:
+        """Run every sublayer through `torch.compile(**options)` while the context is open.
+
+        Parameters keep their names and `state_dict` what it holds. Numbers are those of the
+        backend: bit for bit with `backend="aot_eager"`, to rounding with inductor.
+
+        >>> model = SparseGPT(SparseGPTConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1))
+        >>> with model.compile_sublayers(backend="eager"):
+        ...     y = model(torch.tensor([[1, 2, 3]])).logits
+        >>> y.shape
+        torch.Size([1, 3, 50])
+        """
+        with compiled_sublayers([self._block(i) for i in range(len(self.model.blocks))], **options):
+            yield
 
     def node_widths(self) -> dict[str, int]:
         """Return every node location and how many nodes it has, in forward order."""

@@ -1,6 +1,6 @@
-"""The trunk of a weight-sparse GPT: embeddings, blocks and the final norm (model.py adds the head).
+"""The trunk of a weight-sparse GPT: embeddings, blocks and the final norm (gpt.py adds the head).
 
-The glossary of shapes, sites and nodes stands in model.py.
+The glossary of shapes, sites and nodes stands in gpt.py.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class SparseGPTPreTrainedModel(SavedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]
     _skip_keys_device_placement = ["past_key_values"]
-    _supports_sdpa = True  # safe: "sdpa" is sink-aware here (attention.py)
+    _supports_sdpa = True  # safe: "sdpa" is sink-aware here (ops/attention_sink.py)
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": Block, "attentions": Attention}
@@ -50,7 +50,9 @@ class SparseGPTPreTrainedModel(SavedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """N(0, 0.02^2); a layer's two writing matrices N(0, (0.02/sqrt(2L))^2) (method.md 1.2).
+        """Draw N(0, 0.02^2), a layer's two writing matrices from N(0, (0.02/sqrt(2L))^2).
+
+        The rule is that of docs/method.md#initialisation.
 
         transformers calls this for modules with parameters of their own, and for no others.
         """

@@ -5,7 +5,7 @@
 |x| is ordered by its bits without the sign, which is the order of the numbers; a NaN is above
 infinity, so that it is kept and seen rather than dropped. `kept_reference` is the definition. The
 same entries are found from the k-th magnitude, by numpy on a CPU, by a Triton kernel on CUDA
-(kernels.py) and by `kept_threshold` elsewhere; all give the same bits.
+(abs_topk_cuda.py) and by `kept_threshold` elsewhere; all give the same bits.
 
 The gradient needs nothing but y, which whoever reads y keeps anyway: it reaches the entries where
 y is not 0, and all entries of a vector whose y has fewer than k of them.

@@ -4,7 +4,7 @@
     backward   dx = dy where y != 0, and everywhere where fewer than k entries of y are not 0
 
 Both work on the bits, so that no rounding, denormal, signed zero or NaN can make a difference
-(activation.py holds the definition). Sixteen-bit floats move 4 bytes per entry in the forward pass
+(abs_topk.py holds the definition). Sixteen-bit floats move 4 bytes per entry in the forward pass
 and 6 in the backward pass; no mask and no index is kept. Importing this module needs triton.
 """
 

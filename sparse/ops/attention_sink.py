@@ -2,7 +2,8 @@
 
     A_tu = exp(s_tu) / (exp(b_h) + sum_{w <= t} exp(s_tw)),    s_tu = q_t . k_u / sqrt(d_head)
 
-The sink logit b_h enters the softmax denominator only, unscaled (method.md 1.2). Three forms, equal
+The sink logit b_h enters the softmax denominator only, unscaled
+(docs/method.md#attention-with-sinks). Three forms, equal
 within 1e-5: `flash_sink` (no T x T tensor), `masked_sink` (padded batches, cached generation,
 dropout) and `eager_sink` (returns the attention weights).
 """

@@ -37,8 +37,8 @@ def csr_products(model: nn.Module, min_entries: int = 0) -> Iterator[tuple[str, 
     These are the nn.Linear with float32 (or float64) weights on the CPU, of at least `min_entries`
     entries, of which fewer than 1/8 are nonzero; their names are yielded. Every other product,
     every product under autocast, those of a model under gradient checkpointing (whose backward
-    pass multiplies anew, perhaps outside) and those of one whose sublayers are compiled
-    (`bridges.compiled`) run as they do without the context.
+    pass multiplies anew, perhaps outside) and those of one that says its sublayers are compiled
+    (a module's `sublayers_compiled`) run as they do without the context.
 
     The weights are read once, at the entry: changing one inside is a ValueError at its next use
     (as far as torch sees the change; a write through `.data` is not seen). Gradients are those of
@@ -62,7 +62,7 @@ def _checkpoints(model: nn.Module) -> bool:
 
 
 def _is_compiled(model: nn.Module) -> bool:
-    return any("attend" in vars(m) for m in model.modules())
+    return any(getattr(m, "sublayers_compiled", False) for m in model.modules())
 
 
 class _Matrix:

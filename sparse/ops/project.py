@@ -24,7 +24,7 @@ def project_(weight: Float[Tensor, "out in"], keep: int, floor: int = 0, dim: in
 
     Each row (`dim=0`) or column (`dim=1`) is first granted its own `floor` largest entries, so no
     neuron dies; the rest of the budget goes to the largest of what remains. Exactly `keep` entries
-    are chosen; ties go to the lowest index (method.md 2.4). A chosen zero stays zero.
+    are chosen; ties go to the lowest index (docs/method.md#projection). A chosen zero stays zero.
     """
     if dim not in (0, 1):
         raise ValueError(f"project_: dim={dim} must be 0 (protect rows) or 1 (protect columns)")

@@ -1,4 +1,6 @@
-"""`viz_data.pt`, the released form of a circuit, and its loss run again (method.md 8.2).
+"""`viz_data.pt`, the released form of a circuit, and its loss run again.
+
+The format is that of docs/method.md#released-files.
 
     kept nodes     {location: indices}, the eight per layer and perhaps final_resid
     task           tokens padded with 0 on the right; the first half is class 1, the rest class 2
@@ -51,7 +53,10 @@ class Replay:
     circuit: Circuit
     batch: TaskBatch
     one_sided: bool = False
-    """Class 2 is scored by "anything but the target", over the whole vocabulary (method.md 4.1)."""
+    """Class 2 is scored by "anything but the target", over the whole vocabulary.
+
+    (docs/method.md#task-loss.)
+    """
     stored: float | None = None
     """Nats per prompt that the file gives for the circuit; None where there is no file."""
 

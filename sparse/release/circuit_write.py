@@ -1,4 +1,7 @@
-"""A circuit as `viz_data.pt`, the released form (method.md 8.2); release_circuit.py reads it."""
+"""A circuit as `viz_data.pt`, the released form; circuit.py reads it.
+
+The format is that of docs/method.md#released-files.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`beeg_config.json`, the released form of a SparseGPTConfig (method.md 8.1)."""
+"""`beeg_config.json`, the released form of a SparseGPTConfig (docs/method.md#released-files)."""
 
 from __future__ import annotations
 

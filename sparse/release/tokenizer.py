@@ -2,8 +2,8 @@
 
 A byte-level BPE is its merges. Token 0..255 are the bytes in the order of `BYTES`, token 256 + i is
 merge i, and the last token is the end of text (2047 with the released 1,791 merges). Text is split
-by SPLIT (method.md 7); in every piece the adjacent pair whose union is the lowest token is merged,
-leftmost first, until none is left; a piece that is a token is that token.
+by SPLIT (docs/method.md#released-files); in every piece the adjacent pair whose union is the lowest
+token is merged, leftmost first, until none is left; a piece that is a token is that token.
 """
 
 from __future__ import annotations

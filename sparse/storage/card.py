@@ -250,8 +250,8 @@ def _weights(tensors: Mapping[str, Tensor], compressed: bool) -> str:
     how = "every tensor as it is"
     if compressed:
         how = (
-            "tensors that are sparse enough as indices and values (`sparse/compressed.py`, format "
-            "version 1), which the lines above load to the same bits; the others as they are"
+            "tensors that are sparse enough as indices and values "
+            "(`sparse/storage/compressed.py`, format version 1), which the lines above load to the same bits; the others as they are"
         )
     table = _table(("tensor", "shape", "not zero", "entries", "density"), rows)
     return f"safetensors, {dtypes}: {how}.\n\n{table}"

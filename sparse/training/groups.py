@@ -16,7 +16,8 @@ from .shard import own, sum_over_shards
 class Group:
     """Parameters that share a learning rate and one pooled gradient size.
 
-    r = root mean square of the gradients over all entries of the group (method.md 2.1, step 4).
+    r = root mean square of the gradients over all entries of the group
+    (docs/method.md#the-training-step).
     """
 
     name: str
@@ -38,7 +39,10 @@ class Group:
 
 
 def warmup_decay(step: int, steps: int, warmup: float = 0.01) -> float:
-    """Return t/w below w = floor(warmup * steps), then 1 - (t-w)/(steps-w) (method.md 2.3)."""
+    """Return t/w below w = floor(warmup * steps), then 1 - (t-w)/(steps-w).
+
+    (docs/method.md#learning-rate.)
+    """
     w = int(warmup * steps)
     return step / w if step < w else 1 - (step - w) / (steps - w)
 

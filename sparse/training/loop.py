@@ -49,8 +49,9 @@ def fit(
 ) -> None:
     """Train `module` on `batches`, resuming from the newest checkpoint in `config.folder`.
 
-    One step t (method.md 2.1): learning rates of t; losses and their backward; the pooled gradient
-    of each group scaled; Adam; `after_step(t)`, which projects and may return numbers to log;
+    One step t (docs/method.md#the-training-step): learning rates of t; losses and their backward;
+    the pooled gradient of each group scaled; Adam; `after_step(t)`, which projects and may return
+    numbers to log;
     weight decay. Every choice is a function of t and the seed, so a resumed run gives the losses
     of an undisturbed one bit for bit. `identity` is what must not change between the two.
 

@@ -1,4 +1,4 @@
-"""Training a weight-sparse GPT alone, by the published recipe (Gao et al. 2025; method.md 2).
+"""Training a weight-sparse GPT alone, by the published recipe (Gao et al. 2025).
 
 One optimizer step t of S, in this order:
 
@@ -16,7 +16,8 @@ that was chosen while itself exactly zero (a slice with fewer nonzeros than its 
 with fewer than its budget).
 
 The sources differ, and a field decides each difference. "Authors" is their released script,
-"replication" an independent one (method.md 9); `gao2025` takes the last column.
+"replication" an independent one (docs/method.md#where-sources-differ); `gao2025`
+takes the last column.
 
     field                paper           authors             replication     gao2025
     -- PretrainConfig
@@ -42,7 +43,7 @@ The sources differ, and a field decides each difference. "Authors" is their rele
     -- TrainConfig
     mixed_precision      not said        fp16                bf16 weights    no
 
-Refused rather than offered: floors above the budget, weights in bfloat16 (method.md 10: 5 and 6).
+Refused rather than offered: floors above the budget, weights in bfloat16 (docs/method.md#pitfalls).
 """
 
 from __future__ import annotations
@@ -64,12 +65,15 @@ from .groups import Group, warmup_decay
 from .heldout import _cross_entropy, heldout_nats
 from .loop import fit
 from .processes import accelerator_for
-from .sparsity import Budget, SparsityConfig, budgets, check_budgets, project_model_
+from .sparsity import Sparsifier, SparsityConfig, decayed_names
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PretrainConfig:
-    """Everything about the training that is not the model's shape. Defaults: method.md 2.5."""
+    """Everything about the training that is not the model's shape.
+
+    The defaults are those of docs/method.md#the-training-step.
+    """
 
     train: TrainConfig
     """Steps, folder, checkpoints, seed, precision."""
@@ -117,14 +121,7 @@ class Pretraining(nn.Module):
     def __init__(self, model: SparseGPT, config: PretrainConfig) -> None:
         super().__init__()
         self.model, self.config = model, config
-        steps = config.train.steps
-        self.anneal = config.sparsity.anneal(steps)
-        check_budgets(self.budgets, config.sparsity.densities(steps, steps))
-
-    @property
-    def budgets(self) -> list[Budget]:
-        """The projected tensors, looked up anew: sharding replaces them."""
-        return budgets(self.model, self.config.sparsity)
+        self.sparsifier = Sparsifier(model, config.sparsity, config.train.steps)
 
     def forward(self, ids: Int[Tensor, "batch pos"], step: int) -> dict[str, Tensor]:
         """Return {"ce": nats per token, mean over the pos - 1 predicted positions}."""
@@ -133,10 +130,10 @@ class Pretraining(nn.Module):
 
     def lr(self, step: int) -> float:
         """Return lr * warmup_decay * sharkfin at an optimizer step."""
-        c = self.config
+        c, anneal = self.config, self.sparsifier.anneal
         fin = {
-            "normalised": self.anneal.lr_scale(step),
-            "unnormalised": self.anneal.keep(step) ** -0.5,
+            "normalised": anneal.lr_scale(step),
+            "unnormalised": anneal.keep(step) ** -0.5,
             "none": 1.0,
         }
         return c.lr * warmup_decay(step, c.train.steps, c.warmup) * fin[c.sharkfin]
@@ -144,7 +141,7 @@ class Pretraining(nn.Module):
     def groups(self) -> list[Group]:
         """Return one group: the gradients of all parameters are scaled together."""
         c, params = self.config, dict(self.model.named_parameters())
-        decayed = {n for n, p in params.items() if p.ndim > 1 and n != "bigram"}
+        decayed = decayed_names(self.model) if c.decayed == "matrices" else frozenset(params)
         return [
             Group(
                 name="sparse",
@@ -155,18 +152,9 @@ class Pretraining(nn.Module):
                 scaling=c.scaling,
                 weight_decay=c.weight_decay,
                 decay=c.decay,
-                decayed=frozenset(params if c.decayed == "all" else decayed),
+                decayed=decayed,
             )
         ]
-
-    def project(self, step: int) -> dict[str, float]:
-        """Project every budgeted tensor to the density of `step`; return the densities."""
-        steps = self.config.train.steps
-        # the last step reaches the target even where annealing ends with the run
-        t = steps if step + 1 == steps else step
-        matrices, embeddings = self.config.sparsity.densities(t, steps)
-        project_model_(self.budgets, (matrices, embeddings))
-        return {"density/matrices": matrices, "density/embeddings": embeddings}
 
 
 def pretrain(
@@ -195,7 +183,7 @@ def pretrain(
             module,
             batches,
             config.train,
-            after_step=module.project,
+            after_step=module.sparsifier.project,
             evaluate=evaluate if validation else None,
             accelerator=accelerator,
             identity=identity,

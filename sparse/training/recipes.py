@@ -46,9 +46,9 @@ def gao2025(
         density = pfrac / e^2,   embedding_density = pfrac / e
         S = floor(tokens / (batch_size * length)),   unless `steps` says otherwise
 
-    (method.md 1.3, 2.1-2.5.) `model`, `sparsity`, `train` and `recipe` replace single fields of
-    SparseGPTConfig, SparsityConfig, TrainConfig and PretrainConfig. Attention sinks are on, as in
-    the authors' later models. The row of the last token, which should be the end of text, is not
+    (docs/method.md#the-training-step.) `model`, `sparsity`, `train` and `recipe` replace single
+    fields of SparseGPTConfig, SparsityConfig, TrainConfig and PretrainConfig. Attention sinks are
+    on, as in the authors' later models. The row of the last token, which should be the end of text, is not
     trained in the bigram table; model=dict(bigram_freeze_last=False) trains it. Raises ValueError
     where e and pfrac ask for more than every weight.
     """

@@ -18,7 +18,7 @@ from .shard import whole_
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Anneal:
-    """The sparsity schedule: a pure function of the optimizer step (method.md 2.2)."""
+    """The sparsity schedule: a pure function of the step (docs/method.md#the-anneal)."""
 
     target: float
     """Fraction of weights kept once annealed, in (0, 1]."""
@@ -63,12 +63,14 @@ class SparsityConfig:
     """Final fraction kept in W_qkv, W_o, W_fc, W_proj and the position table, in (0, 1]."""
     embedding_density: float = 1 / 4
     """Final fraction kept in the embedding, the unembedding and (if sparse) the biases, in (0, 1];
-    the authors make it denser than the matrices by the expansion factor (method.md 2.2)."""
+    the authors make it denser than the matrices by the expansion factor
+    (docs/method.md#the-anneal)."""
     floor: int = 4
     """Entries every row of W_qkv, W_fc and every column of W_o, W_proj keeps, inside the budget."""
     floor_axis: Literal["neurons", "rows"] = "neurons"
     """What the floor protects. "neurons": as said above, one slice per neuron or attention channel.
-    "rows": the rows of every projected matrix, embeddings too (the replication, method.md 9)."""
+    "rows": the rows of every projected matrix, embeddings too (the replication;
+    docs/method.md#where-sources-differ)."""
     sparse_biases: bool = True
     """Whether biases are projected (the paper does, the authors' script does not)."""
     anneal_start: float = 0.01
@@ -79,7 +81,7 @@ class SparsityConfig:
     """Shape of the way down: `Anneal.mode`; "log" needs anneal_start above 0."""
     embedding_anneal: Literal["linked", "late"] = "linked"
     """"linked": in step with the matrices. "late": dense until the matrices' density has fallen to
-    density / embedding_density, the paper's "schedule bug" (method.md 2.2)."""
+    density / embedding_density, the paper's "schedule bug" (docs/method.md#the-anneal)."""
 
     def __post_init__(self) -> None:
         for name in ("density", "embedding_density"):
@@ -171,3 +173,41 @@ def check_budgets(plan: list[Budget], densities: tuple[float, float]) -> None:
                 f"the floor of {b.floor} for each of {n_slices} neurons; raise the density to at "
                 f"least {n_slices * b.floor / b.weight.numel():.5f} or lower the floor"
             )
+
+
+class Sparsifier:
+    """What keeps one model on its budgets through one run: the anneal and the projection.
+
+    It holds the model and the settings and nothing else, so that every question is answered anew:
+    sharding replaces the tensors. Raises ValueError where a tensor's final budget does not hold
+    its floor.
+    """
+
+    def __init__(self, model: SparseGPT, config: SparsityConfig, steps: int) -> None:
+        self.model, self.config, self.steps = model, config, steps
+        self.anneal = config.anneal(steps)
+        check_budgets(self.budgets, config.densities(steps, steps))
+
+    @property
+    def budgets(self) -> list[Budget]:
+        """The tensors that are projected."""
+        return budgets(self.model, self.config)
+
+    def project(self, step: int) -> dict[str, float]:
+        """Project every tensor to its budget after optimizer step `step`; return the densities.
+
+        The last step reaches the target even where annealing ends with the run.
+        """
+        last = step + 1 == self.steps
+        matrices, embeddings = self.config.densities(self.steps if last else step, self.steps)
+        project_model_(self.budgets, (matrices, embeddings))
+        return {"density/matrices": matrices, "density/embeddings": embeddings}
+
+
+def decayed_names(model: SparseGPT) -> frozenset[str]:
+    """Return the names of the parameters that the recipe decays.
+
+    Those of two axes, except the bigram table (docs/method.md#the-training-step).
+    """
+    named = model.named_parameters()
+    return frozenset(name for name, p in named if p.ndim > 1 and name != "bigram")

@@ -123,11 +123,11 @@ def in_two(out: Path) -> None:
     run(out, "pretrain-shard", shard=True)
     accelerator, real = Accelerator(cpu=True), bridges.training.cotrain.losses
 
-    def losses(*args):
+    def losses(*args, **how):
         if accelerator.process_index == 1:
             (out / "failed").write_text(str(monotonic()))
             raise ArithmeticError("met by process 1 alone")
-        return real(*args)
+        return real(*args, **how)
 
     bridges.training.cotrain.losses = losses
     run(out, "fails")

@@ -43,7 +43,7 @@ def train(out: str, name: str, run: str, passes: int = 1, asks: int = -1) -> Non
             kept.update({f"grad/{n}": p.grad.clone() for n, p in module.model.named_parameters()})
         if step == asks and rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return module.project(step)
+        return module.sparsifier.project(step)
 
     module.__class__ = Watched
     try:

@@ -10,7 +10,7 @@ from sparse.storage.records import checked
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PruneConfig:
-    """How to prune. The defaults fit a model of 2 layers, 256 wide (method.md sections 4.3, 12)."""
+    """How to prune (docs/method.md#pruning). The defaults fit a model of 2 layers, 256 wide."""
 
     target_loss: float = 0.15
     """Nats per prompt that the circuit should reach on the validation split; chance is ln 2."""
@@ -25,7 +25,8 @@ class PruneConfig:
     lr: float = 3e-2
     """AdamW step size at the start; it falls linearly to 0."""
     k_coef: float = 1e-3
-    """Nats that one kept node costs. Smaller needs more steps (method.md 12)."""
+    """Nats that one kept node costs. Smaller needs more steps
+    (docs/method.md#first-measurements)."""
     theta: float = 1.0
     """Temperature of the surrogate gradient, in units of tau; above 0."""
     beta2: float = 0.95

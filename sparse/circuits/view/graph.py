@@ -1,8 +1,13 @@
-"""A circuit as plain data to draw: nodes, weighted edges and residual links."""
+"""A circuit as a graph: its nodes, the weights between them, and links along the residual stream.
+
+`to_networkx` is for analysis with networkx, `graph` is the same as plain data to draw and to save.
+"""
 
 from __future__ import annotations
 
 from typing import Any
+
+import networkx as nx
 
 from sparse.circuits.circuit import Circuit
 from sparse.circuits.graph import Node
@@ -12,41 +17,64 @@ MOST_NODES = 300
 """Nodes of a circuit that are drawn, the best connected ones."""
 
 
+def to_networkx(circuit: Circuit, model: SparseGPT) -> nx.DiGraph:
+    """Return the circuit as a directed graph whose nodes are `Node`s in forward order.
+
+    A node has a `name`, a `location` and an `index`. An edge of kind "weight" is an edge of the
+    circuit and has its `weight`; one of kind "link" joins a write to a later read of the same
+    residual channel. A link is no edge of the circuit (docs/method.md#edges), but it is how what
+    was written gets on, so paths through the whole circuit need both.
+
+    >>> from bridges import load_run
+    >>> run = load_run("tiny")
+    >>> g = to_networkx(run.circuits()["single_double_quote"], run.sparse)
+    >>> g.number_of_nodes(), all(a.location < b.location or a != b for a, b in g.edges)
+    (68, True)
+    """
+    g = nx.DiGraph(name=circuit.task.name)
+    for node in circuit:
+        g.add_node(node, name=circuit.name(node), location=node.location, index=node.index)
+    for edge in circuit.edges(model):
+        g.add_edge(edge.source, edge.target, kind="weight", weight=edge.weight)
+    order = {at: i for i, at in enumerate(model.node_widths())}
+    writes = [n for n in circuit if n.location.endswith("resid_delta")]
+    reads = [n for n in circuit if n.location.endswith("act_in")]
+    for write in writes:
+        for read in reads:
+            if read.index == write.index and order[read.location] > order[write.location]:
+                g.add_edge(write, read, kind="link")
+    return g
+
+
 def graph(model: SparseGPT, circuit: Circuit) -> dict[str, Any]:
     """Return the circuit as plain data to draw: nodes in forward order, weighted edges, links.
 
-    A link joins a write to a later read of the same residual channel; it is no edge.
+    At most MOST_NODES nodes are kept, those with most edges; `n_nodes` and `n_edges` count all.
     """
-    edges = circuit.edges(model)
-    degree: dict[Node, int] = {}
-    for edge in edges:
-        for node in (edge.source, edge.target):
-            degree[node] = degree.get(node, 0) + 1
-    ranked = sorted(circuit, key=lambda node: -degree.get(node, 0))
-    kept = set(ranked[:MOST_NODES])
-    order = list(model.node_widths())
-    reads = [n for n in circuit if n.location.endswith("act_in") and n in kept]
-    links = [
-        (w, r)
-        for w in circuit
-        if w in kept and w.location.endswith("resid_delta")
-        for r in reads
-        if r.index == w.index and order.index(r.location) > order.index(w.location)
-    ]
+    g = to_networkx(circuit, model)
+    kinds = nx.get_edge_attributes(g, "kind")
+    edges = [pair for pair, kind in kinds.items() if kind == "weight"]
+    degree = dict(g.edge_subgraph(edges).degree())
+    kept = set(sorted(g, key=lambda node: -degree.get(node, 0))[:MOST_NODES])
+
+    def ends(pair: tuple[Node, Node]) -> dict[str, str]:
+        return {"source": circuit.name(pair[0]), "target": circuit.name(pair[1])}
+
+    shown = [pair for pair in kinds if kept.issuperset(pair)]
     return {
         "name": circuit.task.name,
         "n_nodes": len(circuit),
         "n_edges": len(edges),
-        "locations": order,
+        "locations": list(model.node_widths()),
         "nodes": [
             {"id": circuit.name(n), "location": n.location, "index": n.index}
             for n in circuit
             if n in kept
         ],
         "edges": [
-            {"source": circuit.name(e.source), "target": circuit.name(e.target), "weight": e.weight}
-            for e in edges
-            if e.source in kept and e.target in kept
+            {**ends(pair), "weight": g.edges[pair]["weight"]}
+            for pair in shown
+            if kinds[pair] == "weight"
         ],
-        "links": [{"source": circuit.name(w), "target": circuit.name(r)} for w, r in links],
+        "links": [ends(pair) for pair in shown if kinds[pair] == "link"],
     }

@@ -1,4 +1,7 @@
-"""Where the nodes and edges of a circuit's drawing go, as plain numbers."""
+"""Where the nodes and edges of a circuit's drawing go, as plain numbers.
+
+Nothing here makes markup or formats a number: the template of the page does both.
+"""
 
 from __future__ import annotations
 
@@ -7,66 +10,97 @@ from collections.abc import Mapping
 from typing import Any
 
 Number = int | float
+Columns = dict[str, list[str]]
+"""Location to the ids of its nodes, top to bottom."""
+Neighbours = Mapping[str, list[str]]
+LEFT, TOP = 40, 52
+"""Pixels before the first column and above the first node."""
+SWEEPS = 8
+"""How often the columns are put in order by their neighbours; more changes nothing to be seen."""
 
 
 def graph_layout(graph: Mapping[str, Any]) -> dict[str, Any]:
     """Return the circuit laid out in columns, one per location in forward order.
 
-    Within a column, nodes are ordered by the mean height of what they are joined to.
+    `graph` is what `graph.graph` returns. Within a column, nodes are ordered by the mean height of
+    what they are joined to.
     """
-    columns: dict[str, list[str]] = {at: [] for at in graph["locations"]}
-    for node in graph["nodes"]:
-        columns[node["location"]].append(node["id"])
-    columns = {at: ids for at, ids in columns.items() if ids}
-    joined: dict[str, list[str]] = defaultdict(list)
-    for join in [*graph["edges"], *graph["links"]]:
-        joined[join["source"]].append(join["target"])
-        joined[join["target"]].append(join["source"])
-    height: dict[str, float] = {}
-    for ids in columns.values():
-        height |= {node: i / len(ids) for i, node in enumerate(ids)}
-    for _ in range(8):
-        for ids in columns.values():
-            pull = {n: [height[m] for m in joined[n]] or [height[n]] for n in ids}
-            ids.sort(key=lambda n: sum(pull[n]) / len(pull[n]))
-            height |= {node: (i + 0.5) / len(ids) for i, node in enumerate(ids)}
+    columns, joined = _columns(graph), _neighbours(graph)
+    height = _heights(columns, joined)
     most = max((len(ids) for ids in columns.values()), default=1)
     tall, wide = max(180, 15 * most), min(110, max(62, 1030 // max(1, len(columns))))
     place = {
-        node: (40 + wide * c, round(52 + tall * height[node], 1))
+        node: (LEFT + wide * c, round(TOP + tall * height[node], 1))
         for c, ids in enumerate(columns.values())
         for node in ids
     }
-    heaviest = max((abs(edge["weight"]) for edge in graph["edges"]), default=1.0) or 1.0
     names = {node["id"]: _short(node["id"], node["location"]) for node in graph["nodes"]}
     return {
         "name": graph["name"],
         "summary": f"{graph['n_nodes']} nodes, {graph['n_edges']} edges",
         "left_out": graph["n_nodes"] - len(graph["nodes"]),
-        "width": 40 + wide * len(columns) + 20,
+        "width": LEFT + wide * len(columns) + 20,
         "height": tall + 68,
         "columns": [
-            {"x": 40 + wide * c, "lines": _split(at), "n": len(ids)}
+            {"x": LEFT + wide * c, "lines": _two_lines(at), "n": len(ids)}
             for c, (at, ids) in enumerate(columns.items())
         ],
         "nodes": [
             {"id": n, "x": x, "y": y, "label": names[n], "degree": len(joined[n])}
             for n, (x, y) in place.items()
         ],
-        "edges": [
-            {
-                **edge,
-                "path": _bend(place[edge["source"]], place[edge["target"]]),
-                "stroke": round(0.6 + 2.6 * abs(edge["weight"]) / heaviest, 2),
-                "sign": "plus" if edge["weight"] > 0 else "minus",
-            }
-            for edge in graph["edges"]
-        ],
+        "edges": _edges(graph, place),
         "links": [
             {**link, "path": _bend(place[link["source"]], place[link["target"]])}
             for link in graph["links"]
         ],
     }
+
+
+def _columns(graph: Mapping[str, Any]) -> Columns:
+    """Return the nodes by location; locations without nodes have no column."""
+    columns: Columns = {at: [] for at in graph["locations"]}
+    for node in graph["nodes"]:
+        columns[node["location"]].append(node["id"])
+    return {at: ids for at, ids in columns.items() if ids}
+
+
+def _neighbours(graph: Mapping[str, Any]) -> Neighbours:
+    """Return what every node is joined to, by edges and by links."""
+    joined: dict[str, list[str]] = defaultdict(list)
+    for join in [*graph["edges"], *graph["links"]]:
+        joined[join["source"]].append(join["target"])
+        joined[join["target"]].append(join["source"])
+    return joined
+
+
+def _heights(columns: Columns, joined: Neighbours) -> dict[str, float]:
+    """Return the height of every node, 0 to 1; the columns are put in that order in place."""
+    height: dict[str, float] = {}
+    for ids in columns.values():
+        height |= {node: i / len(ids) for i, node in enumerate(ids)}
+    for _ in range(SWEEPS):
+        for ids in columns.values():
+            pull = {n: [height[m] for m in joined[n]] or [height[n]] for n in ids}
+            ids.sort(key=lambda n: sum(pull[n]) / len(pull[n]))
+            height |= {node: (i + 0.5) / len(ids) for i, node in enumerate(ids)}
+    return height
+
+
+def _edges(
+    graph: Mapping[str, Any], place: Mapping[str, tuple[Number, Number]]
+) -> list[dict[str, Any]]:
+    """Return every edge with its path, its width by its share of the heaviest, and its sign."""
+    heaviest = max((abs(edge["weight"]) for edge in graph["edges"]), default=1.0) or 1.0
+    return [
+        {
+            **edge,
+            "path": _bend(place[edge["source"]], place[edge["target"]]),
+            "stroke": round(0.6 + 2.6 * abs(edge["weight"]) / heaviest, 2),
+            "sign": "plus" if edge["weight"] > 0 else "minus",
+        }
+        for edge in graph["edges"]
+    ]
 
 
 def _bend(a: tuple[Number, Number], b: tuple[Number, Number]) -> str:
@@ -75,7 +109,7 @@ def _bend(a: tuple[Number, Number], b: tuple[Number, Number]) -> str:
     return f"M{x},{y} C{x + third:.1f},{y} {u - third:.1f},{v} {u},{v}"
 
 
-def _split(location: str) -> tuple[str, str]:
+def _two_lines(location: str) -> tuple[str, str]:
     layer, part, name = location.split(".")
     return f"{layer}.{part}", name
 

@@ -47,7 +47,7 @@ def test_parameters_are_those_of_the_modules_and_kept_ones_those_of_the_projecti
     with torch.no_grad():
         for x in sparse.parameters():
             x.normal_()
-    project_model_(module.budgets, config.sparsity.densities(4, 4))
+    project_model_(module.sparsifier.budgets, config.sparsity.densities(4, 4))
     assert (
         p.twin_nonzero == sum(int((x != 0).sum()) for x in sparse.parameters()) < p.twin_parameters
     )

@@ -15,10 +15,11 @@ from bridges.maps.bridge import BridgeConfig, BridgeSet
 from bridges.run_folder import load_run, save_run
 from bridges.training.config import CotrainConfig, LossWeights
 from bridges.training.cotrain import Cotraining, cotrain
-from bridges.training.objective import losses
+from bridges.training.objective import Draw, losses
 from bridges.training.validate import validate
 from bridges.transfer.dense_circuit import DenseCircuit
 from bridges.transfer.directions import read_at, written_at
+from bridges.transfer.intervention import Steering
 from bridges.transfer.map_circuit import map_circuit
 from dense import DenseModel, run_edited
 from evals import evaluate_bridge
@@ -98,7 +99,7 @@ def test_the_joint_loss_and_its_gradients_are_those_of_the_naive_loop(double, id
     assert bridges.config.pairs == pairs
     sites = torch.tensor(list(pairs))
     drawn = None if how == "all" else sites[torch.arange(len(ids)) % len(sites)][:, None]
-    got = losses(dense, sparse, bridges, ids, LossWeights(), drawn)
+    got = losses(dense, sparse, bridges, ids, LossWeights(), draw=Draw(drawn))
     want = naive(dense, sparse, bridges, pairs, ids, drawn)
     for name in TERMS:
         assert abs(got[name].item() - want[name].item()) < 1e-10, name
@@ -220,7 +221,7 @@ def test_the_edits_of_a_read_are_seen_by_what_answers_its_sublayer_alone(
     assert (run_edited(padded.dense, ids, [into, out]) - want).abs().max() < 1e-4
     assert (run_edited(padded.dense, ids, [into]) - want).abs().max() > 1e-3  # control: carried on
     assert (want - sparse(ids).logits).abs().max() > 1e-3
-    steered = mapped.steering_edits(ids, ids.roll(1, 0), [node], mode="read")
+    steered = mapped.edits_of(Steering(ids.roll(1, 0), [node], "read"), ids)
     assert [e.site for e in steered] == [bridged[2], 5]
 
 

@@ -13,6 +13,7 @@ import torch
 from torch.nn.functional import pad
 
 from bridges import DenseCircuit
+from bridges.transfer.intervention import Ablation, Steering
 from dense import DenseModel, apply_edits, editing, generate_edited, trace_model
 from sparse.circuits.graph import Node
 
@@ -80,14 +81,14 @@ def hooked(dense, ids, delta):
 def calls(mapped, ids, other):
     """(edits, logits) of every kind of intervention."""
     read = [Node("1.attn.act_in", 3)]
-    yield mapped.ablation_edits(ids, strength=0.7), mapped.ablate(ids, strength=0.7)
+    yield mapped.edits_of(Ablation(), ids, strength=0.7), mapped.ablate(ids, strength=0.7)
     yield mapped.live_ablation(kind="zero"), mapped.ablate(ids, kind="zero")
-    yield mapped.steering_edits(ids, other), mapped.steer(ids, other)
+    yield mapped.edits_of(Steering(other), ids), mapped.steer(ids, other)
     yield (
-        mapped.steering_edits(ids, other, read, mode="read"),
+        mapped.edits_of(Steering(other, read, "read"), ids),
         mapped.steer(ids, other, read, mode="read"),
     )
-    yield mapped.interchange_edits(ids, other, site=4), mapped.interchange(ids, other, site=4)
+    yield mapped.edits_of(Steering(other), ids, site=4), mapped.interchange(ids, other, site=4)
 
 
 @torch.no_grad()
@@ -107,10 +108,10 @@ def test_every_call_can_be_entered_inside_a_trace_of_ones_own_and_around_it(mapp
         assert torch.equal(dense.unembed(late, ids), dense.resume(4, late, ids))
         assert (want - dense.logits(ids)).abs().max() > 1e-3
     with lm.trace(**dense.inputs(ids)):  # made inside the body, and composed with another
-        apply_edits(lm, dense, mapped.ablation_edits(ids, site=1))
-        apply_edits(lm, dense, mapped.steering_edits(ids, other, site=4))
+        apply_edits(lm, dense, mapped.edits_of(Ablation(), ids, site=1))
+        apply_edits(lm, dense, mapped.edits_of(Steering(other), ids, site=4))
         composed = lm.output.logits.save()
-    both = mapped.ablation_edits(ids, site=1) + mapped.steering_edits(ids, other, site=4)
+    both = mapped.edits_of(Ablation(), ids, site=1) + mapped.edits_of(Steering(other), ids, site=4)
     with editing(lm, dense, both) as edited:
         with edited.trace(**dense.inputs(ids)):
             want = edited.output.logits.save()
@@ -139,7 +140,7 @@ def test_a_padded_row_is_moved_as_it_is_alone(mapped, ids, other, side):
         for i, (a, b) in enumerate(rows):
             alone = call(a[None], b[None], None)[0]
             assert (got[i][mask[i].bool()] - alone).abs().max() < 1e-4
-    assert (mapped.delta_ablate(x, attention_mask=mask)[mask == 0] == 0).all()
+    assert (mapped.delta(Ablation(), x, attention_mask=mask)[mask == 0] == 0).all()
 
 
 @torch.no_grad()
@@ -149,12 +150,12 @@ def test_prompts_of_unequal_length_are_moved_each_in_its_invoke(mapped, ids, oth
     text = [dense.tokenizer.decode(x[0]) for x in (a, b, c)]
     with lm.trace() as tracer:
         with tracer.invoke(text[0]):
-            apply_edits(lm, dense, mapped.ablation_edits(a))
+            apply_edits(lm, dense, mapped.edits_of(Ablation(), a))
             at_a = lm.output.logits.save()
         with tracer.invoke(text[1]):
             plain = lm.output.logits.save()
         with tracer.invoke(text[2]):
-            apply_edits(lm, dense, mapped.steering_edits(c, other[2:3, :5], strength=2.0))
+            apply_edits(lm, dense, mapped.edits_of(Steering(other[2:3, :5]), c, strength=2.0))
             at_c = lm.output.logits.save()
     assert (at_a[:, -3:] - mapped.ablate(a)).abs().max() < 1e-4
     assert (plain - dense.logits(b)).abs().max() < 1e-4
@@ -192,7 +193,7 @@ def test_a_steering_holds_at_the_prompt_and_leaves_new_positions_alone(mapped, i
         padded = pad(delta, (0, 0, 0, seen.shape[1] - length))
         logits.append(hooked(mapped.dense, seen, padded)[:, -1])
         seen = torch.cat([seen, logits[-1].argmax(-1, keepdim=True)], -1)
-    edits = mapped.steering_edits(prompt, source, strength=2.0)
+    edits = mapped.edits_of(Steering(source), prompt, strength=2.0)
     for cached in (True, False):
         out = generate_edited(mapped.dense, prompt, edits, use_cache=cached, **GREEDY, **STEPS)
         assert torch.equal(out.sequences, seen)

@@ -13,7 +13,7 @@ from bridges.losses.quantities import ce_nats, kl_nats, nmse
 from bridges.maps.bridge import BridgeConfig, BridgeSet
 from bridges.training.config import CotrainConfig, LossWeights
 from bridges.training.cotrain import Cotraining, cotrain
-from bridges.training.objective import losses
+from bridges.training.objective import WHOLE, Draw, losses
 from bridges.training.validate import calibrate, validate
 from sparse.text.batches import Batches
 from sparse.training.config import TrainConfig
@@ -79,10 +79,10 @@ def reached(total, params):
 def test_every_term_reaches_the_parameters_of_the_table_and_no_others(
     dense, sparse, bridges, ids, site, drawn
 ):
-    """method.md 3.4, group by group, for bridges at one site."""
+    """docs/method.md#gradient-flow, group by group, for bridges at one site."""
     one = at_site(bridges, site)
     sites = torch.full((len(ids), 1), site) if drawn else None
-    parts = losses(dense, sparse, one, ids, ALL, sites)
+    parts = losses(dense, sparse, one, ids, ALL, draw=Draw(sites))
     groups = trunk_groups(sparse)
     before = {"embed"} | {s for s in range(4) if s < site}
     after = {"unembed"} | {s for s in range(4) if s >= site}
@@ -208,17 +208,17 @@ def test_after_every_step_each_budget_is_exact_and_no_neuron_is_dead(
     steps = 9
     config = make(tmp_path, steps, floor=2, anneal_end=1 / 3)
     module = Cotraining(dense, sparse, bridges, config)
-    spared = {n for n, _ in sparse.named_parameters()} - {b.name for b in module.budgets}
+    spared = {n for n, _ in sparse.named_parameters()} - {b.name for b in module.sparsifier.budgets}
     start = {n: p.detach().clone() for n, p in sparse.named_parameters()}
     counted = []
 
     def project(step):
         before = {n: p.detach().clone() for n, p in sparse.named_parameters()}
-        notes = module.project(step)
+        notes = module.sparsifier.project(step)
         now = dict(sparse.named_parameters())
         assert all(torch.equal(now[n], before[n]) for n in spared)
         densities = config.sparsity.densities(step, steps)
-        for b in module.budgets:
+        for b in module.sparsifier.budgets:
             keep = int(densities[b.is_embedding] * b.weight.numel())
             if keep < b.weight.numel():
                 assert b.weight.count_nonzero() == keep, (b.name, step)
@@ -229,7 +229,7 @@ def test_after_every_step_each_budget_is_exact_and_no_neuron_is_dead(
 
     fit(module, batches, config.train, after_step=project)
     assert counted[0] == (1.0, 1.0) and counted[3:] == [(0.4, pytest.approx(0.6))] * 6
-    for b in module.budgets:  # and so it stays after the decay
+    for b in module.sparsifier.budgets:  # and so it stays after the decay
         assert b.weight.count_nonzero() == int((0.6 if b.is_embedding else 0.4) * b.weight.numel())
     assert {n.split(".")[-2] for n in spared if "." in n} >= {"norm_1", "norm", "attn"}
     assert "bigram" in spared
@@ -356,9 +356,9 @@ def test_the_module_draws_sites_and_tokens_as_the_config_says(
     seen = {}
     real = losses
 
-    def spy(*args):
-        seen["drawn"], seen["positions"] = args[5], args[6]
-        return real(*args)
+    def spy(*args, draw, **how):
+        seen["drawn"], seen["positions"] = draw
+        return real(*args, draw=draw, **how)
 
     monkeypatch.setattr("bridges.training.cotrain.losses", spy)
     terms = Cotraining(dense, sparse, bridges, config)(ids, step=3)
@@ -402,7 +402,7 @@ def test_gradients_of_the_parts_of_a_batch_average_to_that_of_the_whole(
         made = BridgeSet(BridgeConfig.between(dense, sparse, k=7), seed=1).double()
         module = Cotraining(type(dense)(double), sparse, made, config)
         parts = rows.chunk(n)
-        known = module.of_whole(parts) if whole else [None] * n
+        known = module.of_whole(parts) if whole else [WHOLE] * n
         terms = [module(x, 3, of) for x, of in zip(parts, known, strict=True)]
         total = {name: sum(t[name] for t in terms) / n for name in TERMS}
         sum(total.values()).backward()

@@ -31,7 +31,7 @@ config = CotrainConfig(
     sparsity=SparsityConfig(density=0.1, embedding_density=0.3, floor=1),
 )
 module = Cotraining(dense, sparse, bridges, config)
-project_model_(module.budgets, (0.1, 0.3))
+project_model_(module.sparsifier.budgets, (0.1, 0.3))
 
 def step(i):
     ids = torch.randint(50, (6, 12), generator=torch.Generator().manual_seed(i))

@@ -9,6 +9,7 @@ import torch
 from bridges.maps.bridge import BridgeConfig, BridgeSet
 from bridges.run_folder import save_run
 from bridges.transfer.dense_circuit import DenseCircuit
+from bridges.transfer.intervention import Ablation, Steering, bridged
 from bridges.transfer.map_circuit import map_circuit
 from dense import DenseModel, Edit, apply_edits, run_edited, trace_model
 from sparse.circuits.circuit import Circuit
@@ -149,16 +150,16 @@ def test_only_the_nodes_named_are_moved(mapped, ids):
 
     with edited(mapped.sparse, {at: put}):
         want = mapped.bridges.transport(4, mapped.sparse.residuals(ids)[4] - z[4])
-    assert torch.allclose(mapped.delta_ablate(ids, node, site=4), want, atol=1e-6)
-    assert (mapped.delta_ablate(ids, node, site=1) == 0).all(), "the node comes after site 1"
+    assert torch.allclose(mapped.delta(Ablation(node), ids, site=4), want, atol=1e-6)
+    assert (mapped.delta(Ablation(node), ids, site=1) == 0).all(), "the node comes after site 1"
 
 
 @torch.no_grad()
 def test_the_edits_do_in_a_trace_of_ones_own_what_the_calls_do(mapped, ids, other):
     traced = nnsight.NNsight(mapped.dense.hookable())
     for edits, want in (
-        (mapped.ablation_edits(ids, strength=0.7), mapped.ablate(ids, strength=0.7)),
-        (mapped.steering_edits(ids, other), mapped.steer(ids, other)),
+        (mapped.edits_of(Ablation(), ids, strength=0.7), mapped.ablate(ids, strength=0.7)),
+        (mapped.edits_of(Steering(other), ids), mapped.steer(ids, other)),
     ):
         with traced.trace(**mapped.dense.inputs(ids)):
             apply_edits(traced, mapped.dense, edits)
@@ -297,7 +298,7 @@ def test_the_edits_of_a_read_are_seen_by_its_sublayer_alone(mapped, ids):
 def test_for_small_changes_the_read_rule_is_the_exact_difference(
     build, dense, ids, bridges, circuit_of
 ):
-    """Gao et al. 2025, Appendix A.4, against decoding both runs (method.md 5.2)."""
+    """Gao et al. 2025, Appendix A.4, against decoding both runs (docs/method.md#read-nodes)."""
     sparse = build.sparse(activation_fraction=1.0)
     wte, rng = sparse.model.wte.weight, torch.Generator().manual_seed(8)
     wte[6] = wte[5] + 0.02 * torch.randn(20, generator=rng)
@@ -307,7 +308,7 @@ def test_for_small_changes_the_read_rule_is_the_exact_difference(
     changed = prompt == 5
     circuit = circuit_of(sparse, {"0.attn.act_in": tuple(range(20))})
     mapped = DenseCircuit(circuit=circuit, sparse=sparse, bridges=bridges, dense=dense, site=4)
-    into, out = mapped.steering_edits(prompt, swapped, strength=0.5, mode="read")
+    into, out = mapped.edits_of(Steering(swapped, mode="read"), prompt, strength=0.5)
     assert (into.site, out.site, into.amount, out.amount) == (0, 1, 0.5, -0.5)
     before, after = (sparse.residuals(x)[0] for x in (prompt, swapped))
     exact = bridges.decode(0, after) - bridges.decode(0, before)
@@ -357,7 +358,7 @@ def test_nodes_and_sites_that_do_not_exist_are_refused(mapped, ids, other, dense
         DenseCircuit(**parts, site=4).edits(Node("1.mlp.act_in", 0))
     for site in (True, "1", 1.0):  # past the suite's checker of types
         with pytest.raises(ValueError, match="must be an int, the index of a residual site"):
-            mapped._site.__wrapped__(mapped, site)
+            bridged.__wrapped__(mapped.bridges, site)
     with pytest.raises(ValueError, match="no site was chosen"):
         DenseCircuit(**parts, site=None).ablate(ids)
 
@@ -376,7 +377,7 @@ def test_tokens_and_modes_that_do_not_exist_are_refused(mapped, ids):
         with pytest.raises(ValueError, match="made by another model's tokenizer"):
             call()
     with pytest.raises((ValueError, TypeError), match="raed"):
-        mapped.steering_edits(ids, ids, mode="raed")
+        mapped.edits_of(Steering(ids, mode="raed"), ids)
 
 
 @torch.no_grad()
@@ -396,11 +397,11 @@ def test_a_circuit_of_zeros_takes_its_means_from_the_run(on_disk, ids, circuit_o
     with edited(run.sparse, {"0.mlp.post_act": hold}):
         changed = run.sparse.residuals(ids)[4]
     want = run.bridges.transport(4, changed - run.sparse.residuals(ids)[4])
-    assert torch.allclose(zero.delta_ablate(ids, kind="mean"), want, atol=1e-5)
-    assert not torch.allclose(zero.delta_ablate(ids, kind="zero"), want, atol=1e-3)
+    assert torch.allclose(zero.delta(Ablation(kind="mean"), ids), want, atol=1e-5)
+    assert not torch.allclose(zero.delta(Ablation(kind="zero"), ids), want, atol=1e-3)
     lost = DenseCircuit(circuit=replace(zero.circuit, source=None), **parts)
     with pytest.raises(ValueError, match="does not know which run"):
-        lost.delta_ablate(ids, kind="mean")
+        lost.delta(Ablation(kind="mean"), ids)
 
 
 @torch.no_grad()
@@ -461,4 +462,4 @@ def test_mapping_changes_nothing_on_what_it_is_given(dense, sparse, bridges, cir
 
 
 def test_edits_are_edits(mapped, ids):
-    assert all(isinstance(e, Edit) for e in mapped.ablation_edits(ids))
+    assert all(isinstance(e, Edit) for e in mapped.edits_of(Ablation(), ids))

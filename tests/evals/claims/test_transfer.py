@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from bridges.transfer.intervention import Ablation, Steering
 from dense import Edit, run_edited
 from evals.claims.transfer import evaluate_transfer, measure_transfer
 from evals.claims.trial import Trial
@@ -17,21 +18,18 @@ class Planted:
         self.share, self.tokenizer = share, dense.tokenizer
         self.engine_error = 0.0
 
-    def delta_steer(self, ids, counterfactual_ids, nodes=None, site=None):
-        here, there = (self.dense.residuals(x)[self.site] for x in (ids, counterfactual_ids))
-        true = there - here
-        if nodes is not None or self.share is None:
+    def delta(self, intervention, ids):
+        nodes, h = intervention.nodes, self.dense.residuals(ids)[self.site]
+        empty = nodes is not None or self.share is None
+        if isinstance(intervention, Ablation):
+            return random_like(0.3 * h, 999) if empty else 0.8 * (h.mean((0, 1)) - h)
+        true = self.dense.residuals(intervention.other_ids)[self.site] - h
+        if empty:
             return random_like(true, 12345 + (len(nodes) if nodes else 0))
         return self.share * true
 
-    def delta_ablate(self, ids, nodes=None, kind="mean", site=None):
-        h = self.dense.residuals(ids)[self.site]
-        if nodes is not None or self.share is None:
-            return random_like(0.3 * h, 999)
-        return 0.8 * (h.mean((0, 1)) - h)
-
     def steer(self, ids, counterfactual_ids, strength=1.0):
-        delta = self.delta_steer(ids, counterfactual_ids)
+        delta = self.delta(Steering(counterfactual_ids), ids)
         edit = Edit(site=self.site, direction=delta, amount=strength + self.engine_error)
         return run_edited(self.dense, ids, [edit])
 
@@ -80,8 +78,8 @@ def test_a_rotation_keeps_every_length_and_every_angle():
 class Untrained(Planted):
     """A delta with all the structure of the true one, through a decoder that knows nothing."""
 
-    def delta_steer(self, ids, counterfactual_ids, nodes=None, site=None):
-        return rotated(super().delta_steer(ids, counterfactual_ids, nodes, site), 777)
+    def delta(self, intervention, ids):
+        return rotated(super().delta(intervention, ids), 777)
 
 
 def test_an_untrained_decoder_does_not_beat_rotations(dense, sparse, make_circuit, task):

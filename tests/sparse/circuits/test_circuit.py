@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sparse.circuits.circuit import Circuit
+from sparse.circuits.extract.circuit_module import extract
 from sparse.circuits.graph import Node
 from sparse.circuits.mask import masked
 from sparse.model.config import SparseGPTConfig
@@ -271,12 +272,12 @@ def test_a_circuit_compiles_the_model_it_belongs_to_and_no_other(full, small):
     ids = torch.randint(0, 50, (3, 7), generator=torch.Generator().manual_seed(1))
     with masked(small, full.masks(), full.ablation), torch.no_grad():
         expected = small(ids).logits
-    torch.testing.assert_close(full.compile(small)(ids), expected, rtol=1e-5, atol=1e-5)
-    assert full.compile(small, "sliced").mode == "sliced"
+    torch.testing.assert_close(extract(full, small)(ids), expected, rtol=1e-5, atol=1e-5)
+    assert extract(full, small, "sliced").mode == "sliced"
     with torch.no_grad():
         small.lm_head.weight[0, 0] += 1
     with pytest.raises(ValueError, match="load that model, or prune this one"):
-        full.compile(small)
+        extract(full, small)
 
 
 def test_the_repr_is_one_short_line(full):

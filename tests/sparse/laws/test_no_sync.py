@@ -43,7 +43,7 @@ def step(after_backward=lambda module: None, **fields):
     after_backward(module)
     rms = scale_(params, group.scaling)
     adam.step()
-    module.project(5)
+    module.sparsifier.project(5)
     decay_(group, 0.1)
     return rms
 

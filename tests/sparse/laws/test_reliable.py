@@ -144,7 +144,7 @@ class Counted(Pretraining):
         self.counts = {}
 
     def project(self, step):
-        notes = super().project(step)
+        notes = self.sparsifier.project(step)
         self.check(step)
         return notes
 
@@ -155,7 +155,7 @@ class Counted(Pretraining):
 
     def check(self, step):
         densities = self.config.sparsity.densities(step, STEPS)
-        for b in self.budgets:
+        for b in self.sparsifier.budgets:
             keep = int(densities[b.is_embedding] * b.weight.numel())
             assert b.weight.count_nonzero() == keep, (b.name, step)
             if b.floor:
@@ -182,7 +182,9 @@ def test_every_budget_is_exact_after_every_step_and_after_a_resume(tmp_path):
     assert first.counts == dict.fromkeys(range(15), 2) | {15: 2}
     # resumed at step 15: what the checkpoint held is counted before anything else
     assert again.counts == {14: 1} | dict.fromkeys(range(15, 23), 2) | {23: 1}
-    spared = {n for n, _ in again.model.named_parameters()} - {b.name for b in again.budgets}
+    spared = {n for n, _ in again.model.named_parameters()} - {
+        b.name for b in again.sparsifier.budgets
+    }
     assert "bigram" in spared
     assert all(again.model.get_parameter(n).count_nonzero() > 0 for n in spared)
 
@@ -214,7 +216,7 @@ def test_weights_gradients_and_moments_are_float32_while_products_run_in_bfloat1
 
         def watch(step):
             seen["grad"] |= {p.grad.dtype for p in module.parameters()}
-            return module.project(step)
+            return module.sparsifier.project(step)
 
         fit(module, batches(), config.pretrain.train, after_step=watch)
     finally:
@@ -238,7 +240,7 @@ def test_how_often_something_is_written_may_change_on_the_way(tmp_path):
     def cut(step):
         if step == 13:
             raise PowerCut
-        return module.project(step)
+        return module.sparsifier.project(step)
 
     identity = dict(model=config.model.architecture())
     with pytest.raises(PowerCut):
@@ -248,7 +250,13 @@ def test_how_often_something_is_written_may_change_on_the_way(tmp_path):
         train=dict(log_every=7, evaluate_every=2, checkpoint_every=4, keep_checkpoints=3),
     )
     again = Pretraining(build(other), other.pretrain)
-    fit(again, batches(), other.pretrain.train, after_step=again.project, identity=identity)
+    fit(
+        again,
+        batches(),
+        other.pretrain.train,
+        after_step=again.sparsifier.project,
+        identity=identity,
+    )
     whole, _ = read_folder(steps_saved(tmp_path / "whole" / "checkpoints")[-1], "module", "adam")
     cut, _ = read_folder(steps_saved(tmp_path / "cut" / "checkpoints")[-1], "module", "adam")
     for stem, named in whole.items():
@@ -256,7 +264,13 @@ def test_how_often_something_is_written_may_change_on_the_way(tmp_path):
     assert [x["step"] for x in logged(tmp_path / "cut")] == [*range(1, 13), 14, 21, 24]
     third = preset(tmp_path / "cut", train=dict(accumulate=2))  # control: this one computes
     with pytest.raises(ValueError, match="accumulate: 1 there, 2 here"):
-        fit(again, batches(), third.pretrain.train, after_step=again.project, identity=identity)
+        fit(
+            again,
+            batches(),
+            third.pretrain.train,
+            after_step=again.sparsifier.project,
+            identity=identity,
+        )
 
 
 def test_dropout_is_off_while_evaluating_and_the_mode_is_put_back(tmp_path):

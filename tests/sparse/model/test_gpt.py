@@ -71,7 +71,7 @@ def model(request):
 
 
 def by_hand(model, ids):
-    """method.md 1.2 written again, operation by operation; one sequence, float64."""
+    """The forward of docs/method.md#the-sparse-model, written again; one sequence, float64."""
     c, w = model.config, {n: p.double() for n, p in model.named_parameters()}
     act = {"gelu": F.gelu, "relu": F.relu}[c.activation]
 

@@ -217,7 +217,7 @@ def test_embeddings_anneal_in_step_with_the_matrices_or_late():
     )
     for t in range(0, 1001, 50):
         rho, e = linked.densities(t, 1000)
-        # e_t = lerp(e_T, 1, (rho_t - rho_T) / (1 - rho_T)), method.md 2.2
+        # e_t = lerp(e_T, 1, (rho_t - rho_T) / (1 - rho_T)), docs/method.md#the-anneal
         assert e == pytest.approx(1 / 16 + (rho - 1 / 64) / (1 - 1 / 64) * (1 - 1 / 16))
         assert late.densities(t, 1000) == (rho, pytest.approx(min(1, 4 * rho)))
     assert late.densities(375, 1000)[1] == 1.0 > linked.densities(375, 1000)[1]

@@ -1,4 +1,4 @@
-"""Fixtures and the oracle are written from method.md 1.2 and 8.1, with the authors' names alone."""
+"""Fixtures and oracle are from docs/method.md#released-files, with the authors' names alone."""
 
 import dataclasses
 import json
@@ -151,7 +151,10 @@ def full(values):
 
 
 def oracle(values, state, ids, hold=None):
-    """The authors' forward by method.md 1.2: logits. `hold` maps a location to what replaces it."""
+    """The logits of the authors' forward (docs/method.md#the-sparse-model).
+
+    `hold` maps a location to what replaces it.
+    """
     v, w, hold = full(values), state, hold or {}
     batch, n = ids.shape
 
@@ -450,7 +453,8 @@ def test_a_model_that_the_format_cannot_express_is_refused_by_field(fields, says
     assert not (tmp_path / "m").exists()
 
 
-# Circuits (method.md 8.2). The vocabulary is that of a tokenizer of bytes and the end of text.
+# Circuits (docs/method.md#released-files). The vocabulary is that of a tokenizer of bytes and the
+# end of text.
 
 N_PAIRS = 5
 LOCATIONS = ("attn.act_in", "attn.q", "attn.k", "attn.v", "attn.resid_delta")

@@ -76,7 +76,7 @@ def run(text, i, what):
 
 
 def next_piece(text, i):
-    """Where the piece that starts at `i` ends; method.md 7 from its first alternative on."""
+    """Where the piece that starts at `i` ends, by the pattern of docs/method.md#released-files."""
     start = i + (text[i] not in "\r\n" and not letter(text[i]) and not number(text[i]))
     if (end := run(text, start, letter)) > start:
         return end

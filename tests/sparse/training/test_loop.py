@@ -82,7 +82,7 @@ def losses(folder):
 
 
 def test_one_step_is_the_specified_sequence_of_operations(tmp_path):
-    """method.md 2.1, written again: normalise, Adam, project, decay."""
+    """docs/method.md#the-training-step, written again: normalise, Adam, project, decay."""
     got = train(tmp_path, steps=7)
     want, source = Regression().double(), batches()
     moments = {name: [0.0, 0.0] for name in ("w", "b", "u")}

@@ -1,4 +1,4 @@
-"""The recipe against a second one, written straight from method.md 2.1-2.4; and its fields."""
+"""The recipe against a second one, from docs/method.md#the-training-step alone; and its fields."""
 
 import json
 from collections import Counter
@@ -73,7 +73,7 @@ def ours(folder, variant):
 
     shape = VARIANTS[variant].get("model", {})
     module = Watched(model(**shape), preset(folder, variant).pretrain)
-    fit(module, batches(), module.config.train, after_step=module.project)
+    fit(module, batches(), module.config.train, after_step=module.sparsifier.project)
     return [*seen, {n: p.detach() for n, p in module.model.named_parameters()}]
 
 
@@ -183,7 +183,7 @@ def test_every_step_is_that_of_the_specification_and_every_field_decides(
 
 
 def test_the_learning_rate_is_zero_at_first_peaks_at_0_505_at_half_time_and_ends_at_zero(tmp_path):
-    """method.md 2.3 and acceptance test 3, with nothing but the defaults."""
+    """docs/method.md#learning-rate, with nothing but the defaults."""
     recipe = gao2025(str(tmp_path), 2, 1 / 4, steps=10_000, model=SHAPE, sparsity=dict(floor=0))
     module = Pretraining(SparseGPT(recipe.model), recipe.pretrain)
     lr = [module.lr(t) / 1.28e-2 for t in range(10_001)]
@@ -211,7 +211,7 @@ def test_the_sharkfin_of_the_replication_is_as_much_larger_as_the_target_is_smal
         return max(map(Pretraining(model(), config).lr, range(1000)))
 
     assert peak("normalised") == pytest.approx(0.505, abs=1e-3)
-    assert peak("unnormalised") == pytest.approx(4.04, abs=1e-2)  # method.md 2.3, [checked]
+    assert peak("unnormalised") == pytest.approx(4.04, abs=1e-2)  # docs/method.md#learning-rate
     assert peak("none") == 1.0
 
 

@@ -1,0 +1,47 @@
+"""Reports written before scores had a key and an outcome (schema 1): their rows get keys.
+
+A row was known by its name then. The names of the claims are listed here once, with their keys.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from evals.scores.score import key_of
+
+KEYS = (  # the name of a row, the key it has now
+    (r"site (\d+): encoder FVU", r"bridge.site.\1.encoder_fvu"),
+    (r"site (\d+): decoder FVU", r"bridge.site.\1.decoder_fvu"),
+    (r"site (\d+): KL, dense to sparse", r"bridge.site.\1.up"),
+    (r"site (\d+): KL, sparse to dense", r"bridge.site.\1.down"),
+    (r"cross entropy, (dense|sparse)", r"bridge.ce.\1"),
+    (r"KL\(dense \|\| sparse\)", "bridge.kl"),
+    (r"loss recovered, dense to sparse", "bridge.recovered.up"),
+    (r"loss recovered, sparse to dense", "bridge.recovered.down"),
+    (r"sufficiency, (mean|zero) ablation", r"circuit.sufficiency.\1"),
+    (r"necessity", "circuit.necessity"),
+    (r"KL\(full \|\| circuit\)", "circuit.fidelity"),
+    (r"nodes", "circuit.nodes"),
+    (r"edges among its nodes", "circuit.edges"),
+    (r"nonsense twin \((\d+) nodes, the circuit \1\)", "circuit.nonsense.equal_size"),
+    (r"nonsense twin \((\d+) nodes, the circuit (\d+)\)", r"circuit.nonsense.\1_beside_\2"),
+    (r"steering, strength 1, (?:v\. )?(\w+)", r"transfer.steering.one.\1"),
+    (
+        r"steering, strength \S+, best on validation, (?:v\. )?(\w+)",
+        r"transfer.steering.best.\1",
+    ),
+    (r"cosine of delta with the true dense difference", "transfer.cosine"),
+    (r"norm of delta over that of the true difference", "transfer.norm"),
+    (r"ablation, v\. (\w+)", r"transfer.ablation.\1"),
+)
+
+
+def with_key(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row of schema 1 with its key; one that no claim wrote gets a key of its name."""
+    name = str(row.get("name", ""))
+    for pattern, key in KEYS:
+        if found := re.fullmatch(pattern, name):
+            return {**row, "key": found.expand(key)}
+    return {**row, "key": key_of(name)}

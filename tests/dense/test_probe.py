@@ -5,7 +5,7 @@ import torch
 
 from dense import DenseModel, SiteError
 from dense.probe import probe
-from dense.sites import find_blocks, perturbation
+from dense.sites import perturbation
 
 COMPOSITION = {"gpt_neox": "parallel", "gptj": "parallel", "opt_post": "post-norm"}
 
@@ -15,15 +15,6 @@ def test_every_family_is_composed_as_its_source_says(dense):
     assert layout.composition == COMPOSITION.get(dense.name, "sequential")
     assert len(layout.halves) == (3 if layout.composition == "sequential" else 0)
     assert layout.d_resid == 32
-
-
-def test_the_blocks_are_the_shallowest_list_as_long_as_the_model_is_deep(make):
-    assert find_blocks(make("gpt2"))[0] == "transformer.h"
-    assert find_blocks(make("qwen3_moe"))[0] == "model.layers"
-    model = make("llama")
-    model.config.num_hidden_layers = 5
-    with pytest.raises(SiteError, match="says 5 layers, but no ModuleList.*model.layers', 3"):
-        find_blocks(model)
 
 
 def test_a_half_runs_only_what_it_needs(make):

@@ -20,7 +20,6 @@ from sparse.training.groups import Group, scale_, warmup_decay
 from sparse.training.loop import fit
 from sparse.training.processes import Interrupted
 from sparse.training.run_state import RunState
-from sparse.training.sparsity import SparsityConfig
 
 BLOCKS = torch.randint(0, 10, (40, 6), generator=torch.Generator().manual_seed(0))
 
@@ -146,22 +145,6 @@ def test_normalisation_is_over_the_group_and_not_over_each_tensor():
     ratio = module.w.grad.norm() / module.b.grad.norm()
     scale_([module.w, module.b], "normalise")
     assert module.w.grad.norm() / module.b.grad.norm() == pytest.approx(ratio.item(), rel=1e-5)
-
-
-def test_the_learning_rate_rises_from_zero_and_falls_to_zero():
-    assert [warmup_decay(t, 1000) for t in (0, 5, 10)] == [0.0, 0.5, 1.0]
-    assert warmup_decay(505, 1000) == pytest.approx(0.5) and warmup_decay(1000, 1000) == 0.0
-    assert warmup_decay(0, 1000, warmup=0.0) == 1.0
-    assert warmup_decay(0, 50) == 1.0  # one per cent of 50 steps is no step
-
-
-def test_the_relative_learning_rate_peaks_at_half_time_at_0_505():
-    steps = 10_000
-    anneal = SparsityConfig(density=1 / 64).anneal(steps)
-    lr = [warmup_decay(t, steps) * anneal.lr_scale(t) for t in range(steps)]
-    assert lr[0] == 0.0
-    assert max(lr) == pytest.approx(0.505, abs=1e-3) and lr.index(max(lr)) == 5000
-    assert lr[100] == pytest.approx(1 / 8)
 
 
 @pytest.mark.parametrize("stop_at, every", [(1, 1), (5, 3), (7, 3), (11, 12)])

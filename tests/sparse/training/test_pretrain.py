@@ -15,7 +15,7 @@ from sparse.training.heldout import heldout_nats, unigram_nats
 from sparse.training.loop import fit
 from sparse.training.pretrain import PretrainConfig, Pretraining, pretrain
 from sparse.training.recipes import gao2025
-from sparse.training.sparsity import Anneal, SparsityConfig, budgets
+from sparse.training.sparsity import SparsityConfig, budgets
 
 STEPS = 32
 SHAPE = dict(
@@ -213,52 +213,6 @@ def test_the_sharkfin_of_the_replication_is_as_much_larger_as_the_target_is_smal
     assert peak("normalised") == pytest.approx(0.505, abs=1e-3)
     assert peak("unnormalised") == pytest.approx(4.04, abs=1e-2)  # docs/method.md#learning-rate
     assert peak("none") == 1.0
-
-
-def test_a_log_anneal_is_a_straight_line_in_log_step_and_log_density():
-    anneal = Anneal(target=1 / 64, start=10, end=1000, mode="log")
-    assert [anneal.keep(t) for t in (0, 10)] == [1.0, 1.0]
-    assert [anneal.keep(t) for t in (1000, 5000)] == [1 / 64] * 2
-    assert anneal.keep(100) == pytest.approx(1 / 8)  # half way in log step
-    slope = [log(anneal.keep(t)) / log(t / 10) for t in range(11, 1000, 13)]
-    assert slope == pytest.approx([slope[0]] * len(slope))
-    with pytest.raises(ValueError, match="start must be above 0"):
-        Anneal(target=1 / 64, start=0, end=10, mode="log")
-
-
-def test_the_preset_has_the_published_numbers():
-    p = gao2025("runs/x")
-    m, c = p.model, p.pretrain
-    assert (m.hidden_size, m.intermediate_size, m.num_hidden_layers) == (1024, 4096, 8)
-    assert (m.head_dim, m.num_attention_heads, m.vocab_size) == (16, 64, 2048)
-    assert m.activation_fraction == 0.25 and len(m.activation_locations) == 8
-    assert (m.positions, m.bigram_table, m.activation) == ("none", True, "gelu")
-    assert (c.sparsity.density, c.sparsity.embedding_density, c.sparsity.floor) == (
-        1 / 64,
-        1 / 16,
-        4,
-    )
-    assert (c.sparsity.anneal_start, c.sparsity.anneal_end) == (0.01, 0.5)
-    assert (c.lr, c.warmup, c.betas, c.eps, c.weight_decay) == (
-        1.28e-2,
-        0.01,
-        (0.9, 0.95),
-        0.1,
-        0.1,
-    )
-    assert (p.batch_size, p.length) == (512, 256)
-    assert c.train.steps * 512 * 256 <= 32e9 < (c.train.steps + 1) * 512 * 256
-    wide = gao2025("runs/x", expansion=8, pfrac=0.5)  # the released csp_bridges2
-    assert wide.pretrain.sparsity.density == 1 / 128
-    assert wide.pretrain.sparsity.embedding_density == 1 / 16
-    changed = gao2025("runs/x", steps=7, model=dict(num_hidden_layers=2), lr=1.0)
-    assert (changed.pretrain.train.steps, changed.pretrain.lr) == (7, 1.0)
-    assert changed.model.num_hidden_layers == 2
-    for fields in (dict(pfrac=0), dict(pfrac=5), dict(expansion=0.5, pfrac=0.4)):
-        with pytest.raises(ValueError, match="keeps no weight, or more than all"):
-            gao2025("runs/x", **fields)
-    with pytest.raises(ValueError, match="width of 260, which heads of 16 do not divide"):
-        gao2025("runs/x", expansion=1.015)
 
 
 def test_the_bigram_table_and_vectors_do_not_decay_and_all_share_one_gradient_size(tmp_path):

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-import tests.helpers.checked  # noqa: F401  jaxtyping is told its name in pyproject.toml
 from tests.offline import sitecustomize as offline
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,6 +29,8 @@ os.environ |= {
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads that wait for one another are slower
 for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_CACHE"):
     os.environ.pop(name, None)
+
+import tests.helpers.checked  # noqa: E402, F401  jaxtyping is told its name in pyproject.toml
 
 
 def turn(item: pytest.Item) -> int:
@@ -64,6 +65,17 @@ def nothing_asks_for_the_network():
     yield
     tried, offline.refused[:] = list(offline.refused), []
     assert not tried, f"this test tried to reach {tried}"
+
+
+@pytest.fixture(autouse=True)
+def threads_stay_few():
+    """Take back the threads that a program asked for, lest all later tests of this process wait."""
+    import torch
+
+    before = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != before:
+        torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import argparse
 import ast
 import json
 import runpy
-import shutil
 import sys
 import sysconfig
 from collections.abc import Callable
@@ -42,7 +41,9 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder outside the repository, with a little text, in which commands are run."""
     folder = tmp_path_factory.mktemp("a workplace")
     library = Path(sysconfig.get_path("stdlib"))
-    shutil.copy(library / "ast.py", folder / "text.txt")
+    modules = [library / f"{name}.py" for name in ("argparse", "ast", "inspect", "typing")]
+    text = "\n\n".join(path.read_text(encoding="utf-8") for path in modules)
+    (folder / "text.txt").write_text(text, encoding="utf-8")
     return folder
 
 

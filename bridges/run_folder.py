@@ -120,6 +120,15 @@ def save_run(
     `means_from` is the text over which the node means are taken (training text), `heldout` the
     blocks later evaluations use, `facts` whatever the manifest should say besides (settings, data,
     command). The dense model's tokenizer is saved beside the sparse model.
+
+    >>> import tempfile
+    >>> from bridges import load_run, save_run
+    >>> run = load_run("tiny")
+    >>> text = dict(heldout=run.heldout(), means_from=run.heldout()[:2])
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     again = save_run(folder, run.dense, run.sparse, run.bridges, **text, facts={})
+    >>> again.bridges.config == run.bridges.config
+    True
     """
     folder = Path(folder)
     if dense.tokenizer is None:
@@ -152,6 +161,11 @@ def load_run(folder: str | Path, dense: DenseModel | str | None = None) -> Run:
 
     "tiny" is the built-in run (its card: bridges/tiny_run/README.md), which is only read.
     A dense model other than the one the bridges were trained with is refused by fingerprint.
+
+    >>> from bridges import load_run
+    >>> run = load_run("tiny")  # the built-in run; else a folder
+    >>> run.dense.n_sites, run.sparse.n_sites, len(run.circuits()["single_double_quote"])
+    (5, 5, 68)
     """
     builtin = str(folder) == "tiny"
     folder = TINY if builtin else Path(folder)

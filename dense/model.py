@@ -217,7 +217,9 @@ class DenseModel:
                 f"{ {s: h.shape[1] for s, h in entries.items()} }; pad them and pass masks"
             )
         sites = sorted(entries)
-        groups = [[s] for s in sites] if self.apart_because else [sites] * bool(sites)
+        if not sites:
+            return {}
+        groups = [[s] for s in sites] if self.apart_because else [sites]
         final: dict[int, Tensor] = {}
         for group in groups:
             mask = None if attention_mask is None else torch.cat([attention_mask[s] for s in group])

@@ -12,6 +12,12 @@ def as_dense(model: Any) -> DenseModel:
     """Return `model` as a DenseModel: one already, a PreTrainedModel, an nnsight wrapper or a name.
 
     A wrapper gives the model inside it, and its tokenizer. Raises ValueError for anything else.
+
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> from dense import as_dense
+    >>> shape = dict(n_layer=1, n_embd=32, n_head=2, vocab_size=40, bos_token_id=0, eos_token_id=0)
+    >>> as_dense(GPT2LMHeadModel(GPT2Config(**shape))).n_sites
+    3
     """
     if isinstance(model, DenseModel):
         return model
@@ -30,5 +36,10 @@ def as_dense(model: Any) -> DenseModel:
 
 
 def tiny() -> DenseModel:
-    """Return the built-in dense model: a small trained GPT-2 with its own tokenizer."""
+    """Return the built-in dense model: a small trained GPT-2 with its own tokenizer.
+
+    >>> from dense import tiny
+    >>> print(tiny())  # doctest: +ELLIPSIS
+    tiny (gpt2): 2 layers, 5 residual sites of width 128, after the embeddings, ...
+    """
     return DenseModel.from_pretrained("tiny")

@@ -33,6 +33,13 @@ def run_edited(
     the earlier ones have changed. No edits, or edits of amount 0, give the plain model's logits
     bit for bit. Gradients flow to directions and amounts. Raises ValueError for an edit that does
     not fit the model.
+
+    >>> import torch
+    >>> from dense import Edit, run_edited, tiny
+    >>> model, ids = tiny(), torch.tensor([[1, 2, 3]])
+    >>> nothing = Edit(site=2, direction=torch.ones(128), amount=0.0)
+    >>> torch.equal(run_edited(model, ids, [nothing]), model.logits(ids))
+    True
     """
     check_edits(dense, edits)
     inputs = dense.inputs(ids, attention_mask)
@@ -57,6 +64,13 @@ def generate_edited(
     or without a cache the edits mean the same. Which edits act on generated positions `edit.py`
     says; a LiveEdit does. Without gradient. Raises ValueError for an edit that does not
     fit, and for live edits under beam search, which swaps rows between steps.
+
+    >>> import torch
+    >>> from dense import Edit, generate_edited, tiny
+    >>> model, ids = tiny(), torch.tensor([[1, 2, 3]])
+    >>> edit = Edit(site=2, direction=torch.ones(128), amount=0.5)
+    >>> generate_edited(model, ids, [edit], max_new_tokens=2, do_sample=False, pad_token_id=0).shape
+    torch.Size([1, 5])
     """
     dense.inputs(ids, attention_mask)  # refuses what the model cannot take
     if attention_mask is None and "attention_mask" in _parameters(dense.model):
@@ -113,6 +127,16 @@ def apply_edits(
 
     `ids` are the tokens so far, for live edits; `editing` keeps count of all this by itself. Raises
     ValueError for edits, or a wrapper, that do not fit.
+
+    >>> import torch
+    >>> from dense import Edit, apply_edits, run_edited, tiny, trace_model
+    >>> model, ids = tiny(), torch.tensor([[1, 2, 3]])
+    >>> traced, edits = trace_model(model), [Edit(site=2, direction=torch.ones(128))]
+    >>> with traced.trace(**model.inputs(ids)):
+    ...     apply_edits(traced, model, edits)
+    ...     logits = traced.output.logits.save()
+    >>> torch.equal(logits, run_edited(model, ids, edits))
+    True
     """
     check_edits(dense, edits)
     _check_traced(traced, dense)
@@ -158,6 +182,16 @@ def editing(traced: Any, dense: DenseModel, edits: Edits) -> Iterator[Any]:
     `traced` is a wrapper from `trace_model(dense)` and stays as it is. Padding is read from the
     model's own attention_mask. The rows of the edits are those of the whole pass, over all invokes.
     What your own trace reads is edited already. Afterwards the copy is plain again.
+
+    >>> import torch
+    >>> from dense import Edit, editing, run_edited, tiny, trace_model
+    >>> model, ids = tiny(), torch.tensor([[1, 2, 3]])
+    >>> traced, edits = trace_model(model), [Edit(site=2, direction=torch.ones(128))]
+    >>> with editing(traced, model, edits) as edited:
+    ...     with edited.trace(**model.inputs(ids)):
+    ...         logits = edited.output.logits.save()
+    >>> torch.equal(logits, run_edited(model, ids, edits))
+    True
     """
     check_edits(dense, edits)
     _check_traced(traced, dense)
@@ -194,6 +228,12 @@ def trace_model(dense: DenseModel) -> Any:
     With a tokenizer it takes text and generates (`nnsight.TransformersModel`), otherwise it takes
     ids (`nnsight.NNsight`; generate by `traced.trace(input_ids=ids, fn="generate")`). The original
     model is not touched. Use it in one thread at a time.
+
+    >>> from dense import tiny, trace_model
+    >>> model = tiny()
+    >>> traced = trace_model(model)  # an nnsight model with a module at every site
+    >>> model.site_path(3)
+    'transformer.h.1.resid_mid'
     """
     return _wrap(dense.hookable(), dense.tokenizer)
 

@@ -42,6 +42,12 @@ def evaluate_run(
     nonsense twin, and with the twin's best nodes at its own size. `draws` counts the random
     directions; `quick` uses fewer pairs, strengths and blocks. Raises ValueError for a task
     without a circuit.
+
+    >>> from bridges import load_run
+    >>> from evals import evaluate_run
+    >>> report = evaluate_run(load_run("tiny"), tasks=[], quick=True)  # the bridges alone
+    >>> list(report.sections), report.notes
+    (['Bridges'], ('no circuit in this run: only the bridges were measured',))
     """
     found = run.circuits()
     names = _names(run, found, tasks)
@@ -105,6 +111,18 @@ def _notes(circuits: Mapping[str, Circuit], bridges: Sequence[Score]) -> tuple[s
 
 
 def write_report(run: Run, report: Report) -> list[Path]:
-    """Write report.json, report.md and report.html into the run folder, all or none."""
+    """Write report.json, report.md and report.html into the run folder, all or none.
+
+    >>> import tempfile
+    >>> from dataclasses import replace
+    >>> from pathlib import Path
+    >>> from bridges import load_run
+    >>> from evals import Report, write_report
+    >>> run, report = load_run("tiny"), Report(title="empty", sections={})
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     paths = write_report(replace(run, output=Path(folder)), report)
+    >>> [path.name for path in paths]
+    ['report.json', 'report.md', 'report.html']
+    """
     log = run.log() if (run.folder / "log.jsonl").is_file() else []
     return report.save(run.output, {"report.html": page(report, log)})

@@ -83,7 +83,7 @@ def test_every_function_that_a_page_names_is_there():
     names = {
         (path, name)
         for path, text in texts().items()
-        if path.endswith(".md")
+        if path.endswith(".md") and path != "CHANGELOG.md"  # it names what was, too
         for name in NAME.findall(text)
     }
     broken = [f"{path} names {name}" for path, name in sorted(names) if not resolves(name)]

@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -22,11 +23,36 @@ def test_make_runs_the_commands_that_the_readme_shows():
     assert "make test" in (ROOT / ".ci" / "run").read_text()
 
 
-def test_the_files_of_the_tree_exist():
+def test_the_files_and_wings_of_the_tree_exist_and_no_wing_is_missing():
     tree = next(block for block in blocks("text") if "sparse/" in block)
-    named = [line.split()[0] for line in tree.splitlines()]
-    assert {"sparse/", "dense/", "bridges/", "evals/", "examples/", "tests/"} <= set(named)
-    assert not [name for name in named if not (ROOT / name).exists()]
+    named, package = set(), ""
+    for line in tree.splitlines():
+        word = line.split()[0]
+        if not line.startswith(" "):
+            package = word
+            named.add(word)
+        if package in ("sparse/", "bridges/", "evals/"):
+            named |= {
+                package + wing for wing in re.findall(r"\b([a-z]+/)", line) if wing != package
+            }
+    named = {name for name in named if not name.endswith("suite/")}
+    assert {"sparse/", "dense/", "bridges/", "evals/", "examples/", "tests/"} <= named
+    missing = [name for name in named if not any(p.exists() for p in places(name))]
+    assert not missing
+    wings = {
+        f"{p.parent.name}/{p.name}/" for x in ("sparse", "bridges", "evals") for p in wings_of(x)
+    }
+    assert wings <= named
+
+
+def places(name: str) -> list[Path]:
+    """Return where what the tree names may be: itself, or in a wing of its package."""
+    package, _, rest = name.partition("/")
+    return [ROOT / name, *((ROOT / package).glob(f"*/{rest}") if rest else ())]
+
+
+def wings_of(package: str) -> list[Path]:
+    return [path.parent for path in (ROOT / package).glob("*/__init__.py")]
 
 
 def test_links_and_files_named_in_the_text_exist():

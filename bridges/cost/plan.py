@@ -163,6 +163,16 @@ def plan(
     the text kept on disk as blocks, 0 for a stream; `evaluated` that of sequences in a validation
     batch, where a pass holds as many. Raises ValueError for a batch that processes
     and passes cannot share.
+
+    >>> from bridges import BridgeConfig, BridgeSet, CotrainConfig, plan
+    >>> from dense import tiny
+    >>> from sparse import SparseGPT, SparseGPTConfig, TrainConfig
+    >>> dense = tiny()
+    >>> twin = SparseGPT(SparseGPTConfig(vocab_size=dense.vocab_size, hidden_size=64))
+    >>> bridges = BridgeSet(BridgeConfig.between(dense, twin, k=16))
+    >>> config = CotrainConfig(train=TrainConfig(steps=1000, folder="runs/a"))
+    >>> plan(dense, twin, bridges, config, batch=16, length=128).tokens
+    2048000
     """
     train = config.train
     rows = rows_per_pass(batch, processes, train.accumulate)

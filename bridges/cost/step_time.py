@@ -93,6 +93,18 @@ def time_steps(
     returned. The twin is at its final density. `fit` itself takes the steps and is stopped before
     it writes: nothing is written and the random numbers that follow are the same, but `sparse` and
     `bridges` are changed: build them anew before training. Raises ValueError as `plan` does.
+
+    >>> from accelerate import Accelerator
+    >>> from bridges import BridgeConfig, BridgeSet, CotrainConfig, time_steps
+    >>> from dense import tiny
+    >>> from sparse import SparseGPT, SparseGPTConfig, TrainConfig
+    >>> dense = tiny()
+    >>> twin = SparseGPT(SparseGPTConfig(vocab_size=dense.vocab_size, hidden_size=64))
+    >>> bridges = BridgeSet(BridgeConfig.between(dense, twin, k=16))
+    >>> config = CotrainConfig(train=TrainConfig(steps=1000, folder="runs/a"))
+    >>> found = time_steps(dense, twin, bridges, config, 1, 32, Accelerator())
+    >>> found.sequences, found.tokens_per_second > 0
+    (1, True)
     """
     device, world = accelerator.device, accelerator.num_processes
     most, n = rows_per_pass(batch, world, config.train.accumulate), 1

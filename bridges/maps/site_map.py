@@ -29,6 +29,10 @@ def even_sites(n_dense: int, n_sparse: int) -> dict[int, int]:
     First to first and last to last; halves are rounded to even. Equal numbers give the identity;
     a dense model of L+1 sites and a sparse one of 2L+1 give i to 2i, block boundary to block
     boundary.
+
+    >>> from bridges import even_sites
+    >>> even_sites(n_dense=9, n_sparse=5)  # {dense site: sparse site}
+    {0: 0, 2: 1, 4: 2, 6: 3, 8: 4}
     """
     n, larger = sorted((n_dense, n_sparse))
     at = [round(i * (larger - 1) / max(1, n - 1)) for i in range(n)]
@@ -81,6 +85,13 @@ def fit_sites(
     at any sites (3.9 GB between 25 sites of 768 and 25 of 1,024), twice that with `heldout`. A
     token costs 2 operations in float64 per such pair. `device` is where the models are. Raises
     ValueError without text, and where a residual is constant or a fit has no one answer.
+
+    >>> from bridges import fit_sites, load_run
+    >>> run = load_run("tiny")
+    >>> blocks = run.heldout().split(8)
+    >>> fit = fit_sites(run.dense, run.sparse, blocks[:2], blocks[2:3])
+    >>> fit.sites, fit.total <= fit.even_total
+    ({0: 0, 1: 1, 2: 2, 3: 3, 4: 4}, True)
     """
     fitted, origin = _sums(dense, sparse, batches, device, None)
     seen = fitted if heldout is None else _sums(dense, sparse, heldout, device, origin)[0]

@@ -143,6 +143,21 @@ def cotrain(
     Bridges take their centring and scale from the first batches unless a checkpoint in
     `config.train.folder` is resumed. `validation` batches are scored at every evaluation, at all
     sites. Raises ValueError where the models do not fit.
+
+    >>> import tempfile
+    >>> from bridges import BridgeConfig, BridgeSet, CotrainConfig, cotrain
+    >>> from dense import tiny
+    >>> from sparse import Batches, SparseGPT, SparseGPTConfig, TrainConfig, load_corpus, pack
+    >>> dense = tiny()
+    >>> twin = SparseGPT(SparseGPTConfig(vocab_size=dense.vocab_size, hidden_size=64))
+    >>> bridges = BridgeSet(BridgeConfig.between(dense, twin, k=16))
+    >>> blocks = pack(load_corpus(documents=20).train, dense.tokenizer, length=32)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     train = TrainConfig(steps=2, folder=folder)
+    ...     config = CotrainConfig(train=train, calibration_tokens=256)
+    ...     cotrain(dense, twin, bridges, Batches(blocks, 4), config)
+    >>> bridges.dense_fingerprint == dense.fingerprint
+    True
     """
     bridges.check(dense, sparse)
     if not isinstance(validation, Sequence):

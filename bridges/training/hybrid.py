@@ -35,9 +35,10 @@ def draw_sites(
 ) -> Int[Tensor, "batch draw"]:
     """Draw `m` different sites for every sequence, each uniform over `sites`.
 
-    A pure function of (seed, step). Draw j of sequence b is sites[(u + m b + j) mod S] with u
-    uniform: every marginal is uniform, so the mean over all draws is an unbiased mean over sites,
-    and no site is drawn more than once oftener than another.
+    A pure function of (seed, step). Draw j of sequence b is sites[(u + m b + j) mod S], with one u
+    drawn uniformly for the batch. Every draw is uniform over the sites, so the mean over all draws
+    is an unbiased mean over sites. Dealing them out in turn also keeps the counts even: any two
+    sites are drawn equally often, or one of them once more.
     """
     if not 1 <= m <= len(sites):
         raise ValueError(f"draw_sites: {m} sites per sequence of {len(sites)}; draw 1 to all")

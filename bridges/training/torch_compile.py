@@ -18,6 +18,11 @@ def compiled(dense: DenseModel, sparse: SparseGPT, **options: Any) -> Iterator[N
     bit for bit with `backend="aot_eager"`, to rounding with inductor. `csr_products` leaves a
     compiled twin alone, so that on a CPU a twin of few weights may be slower than without. The
     dense model stays compiled (`DenseModel.compile`); the twin is left as it was found.
+
+    >>> from bridges import compiled, load_run
+    >>> run = load_run("tiny")
+    >>> with compiled(run.dense, run.sparse, backend="eager"):
+    ...     logits = run.sparse(run.heldout()[:1]).logits
     """
     dense.compile(**options)
     with sparse.compile_sublayers(**options):

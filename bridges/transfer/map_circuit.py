@@ -27,6 +27,11 @@ def map_circuit(
     sparse model default to those of the run the circuit was saved with. The site of interventions
     is chosen on the task's validation split (see `DenseCircuit.choose_site`). Raises ValueError
     where the parts do not belong together, by fingerprint.
+
+    >>> from bridges import load_run, map_circuit
+    >>> run = load_run("tiny")
+    >>> map_circuit(run.circuits()["single_double_quote"], run.dense)
+    DenseCircuit('single_double_quote', 68 nodes, in tiny at site 1 of 0..4)
     """
     dense = as_dense(dense_model)
     if sparse_model is None:

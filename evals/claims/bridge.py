@@ -106,8 +106,9 @@ def evaluate_bridge(
     for fewer than two blocks.
 
     >>> from bridges import load_run
+    >>> from evals import evaluate_bridge
     >>> run = load_run("tiny")
-    >>> rows = evaluate_bridge(run, run.heldout()[:2], draws=1)
+    >>> rows = evaluate_bridge(run, run.heldout()[:4], draws=1)
     >>> rows[0].name, rows[0].unit, rows[0].outcome
     ('site 0: encoder FVU', 'fraction', 'beats')
     """

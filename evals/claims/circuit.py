@@ -98,6 +98,7 @@ def evaluate_circuit(
     another model.
 
     >>> from bridges import load_run
+    >>> from evals import evaluate_circuit
     >>> run = load_run("tiny")
     >>> circuit = run.circuits()["single_double_quote"]
     >>> rows = evaluate_circuit(run.sparse, circuit, run.tokenizer, draws=3)

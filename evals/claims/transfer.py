@@ -58,6 +58,14 @@ def evaluate_transfer(
 
     `options` are those of `measure_transfer`: draws=100 of directions and rotations, circuit_draws,
     node_draws, strengths, max_pairs, seed, progress.
+
+    >>> from bridges import load_run, map_circuit
+    >>> from evals import evaluate_transfer
+    >>> run = load_run("tiny")
+    >>> mapped = map_circuit(run.circuits()["single_double_quote"], run.dense)
+    >>> rows = evaluate_transfer(mapped, draws=3, max_pairs=4, strengths=(1,), circuit_draws=2)
+    >>> rows[0].key, rows[0].n, rows[0].n_draws
+    ('transfer.steering.one.directions', 4, 3)
     """
     return measure_transfer(dense_circuit, task, tokenizer, **options).scores
 

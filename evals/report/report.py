@@ -128,7 +128,14 @@ def _score_of_schema_1(row: Mapping[str, Any]) -> Score:
 
 
 def table(report: Report) -> str:
-    """Return the report as a plain-text table: value, control, n, error and verdict abreast."""
+    """Return the report as a plain-text table: value, control, n, error and verdict abreast.
+
+    >>> from evals import Report, Score, table
+    >>> loss = dict(name="loss", unit="nats", value=0.1, control=0.7, stderr=0.01, n=64)
+    >>> row = Score(**loss, better="lower")
+    >>> print(table(Report(title="A report", sections={"A claim": (row,)})).splitlines()[-1])
+    loss (nats, lower is better)    0.1      0.7        -0.6 ± 0.01  64  better than its control
+    """
     body = {heading: [cells(row) for row in rows] for heading, rows in report.sections.items()}
     every = [COLUMNS, *(row for rows in body.values() for row in rows)]
     widths = [max(len(row[i]) for row in every) for i in range(len(COLUMNS) - 1)]

@@ -75,6 +75,16 @@ def masked(model: SparseGPT, keep: Values, ablation: Values) -> Iterator[None]:
 
     `keep` holds bools or floats and may name some of the locations only. All kept is the model,
     bit for bit. Gradients reach a float `keep`.
+
+    >>> from bridges import load_run
+    >>> from sparse import last_logits, masked, task_nats
+    >>> run = load_run("tiny")
+    >>> circuit = run.circuits()["single_double_quote"]
+    >>> batch = circuit.task.batch(run.tokenizer, "test")
+    >>> with masked(run.sparse, circuit.masks(), circuit.ablation):
+    ...     nats = task_nats(last_logits(run.sparse, batch), batch)
+    >>> bool(nats.mean() < 0.15)  # 68 of 5,632 nodes do the task
+    True
     """
 
     def hold(location: str, m: Tensor):

@@ -33,6 +33,13 @@ def node_means(
     """Return the mean of every node over all positions of `blocks`, which hold no padding.
 
     locations: only these, which may name `final_resid` too; by default all of `node_widths`.
+
+    >>> from bridges import load_run
+    >>> from sparse import node_means
+    >>> run = load_run("tiny")
+    >>> means = node_means(run.sparse, run.heldout()[:2])
+    >>> means["0.attn.q"].shape == (run.sparse.node_widths()["0.attn.q"],)
+    True
     """
     if not blocks.numel():
         raise ValueError("node_means: no tokens; pass at least one block of text")

@@ -21,6 +21,13 @@ def last_logits(
 
     Only those positions are unembedded, and the last layer is run at those alone
     (`SparseGPT.last_logits`), so `edited` and `recorded` see (prompt, 1, width) there.
+
+    >>> from bridges import load_run
+    >>> from sparse import get_task, last_logits
+    >>> run = load_run("tiny")
+    >>> batch = get_task("single_double_quote").batch(run.tokenizer, "test")
+    >>> last_logits(run.sparse, batch).shape == (2 * batch.n_pairs, 2048)
+    True
     """
     return model.last_logits(batch.ids if ids is None else ids, batch.last)
 

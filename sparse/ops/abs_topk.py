@@ -34,6 +34,11 @@ def abs_topk(x: Float[Tensor, "*batch d"], k: int) -> Float[Tensor, "*batch d"]:
     kept entries; where fewer than k entries of a vector are nonzero nothing is dropped, y = x, and
     the gradient is the identity (otherwise index order would decide which zero may grow). Raises
     ValueError for k outside 1..d and for a dtype that is not float64, float32, bfloat16, float16.
+
+    >>> import torch
+    >>> from sparse import abs_topk
+    >>> abs_topk(torch.tensor([1.0, -3.0, 2.0, 0.5]), k=2)
+    tensor([ 0., -3.,  2.,  0.])
     """
     d = x.shape[-1]
     if not 1 <= k <= d:

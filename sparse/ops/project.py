@@ -25,6 +25,14 @@ def project_(weight: Float[Tensor, "out in"], keep: int, floor: int = 0, dim: in
     Each row (`dim=0`) or column (`dim=1`) is first granted its own `floor` largest entries, so no
     neuron dies; the rest of the budget goes to the largest of what remains. Exactly `keep` entries
     are chosen; ties go to the lowest index (docs/method.md#projection). A chosen zero stays zero.
+
+    >>> import torch
+    >>> from sparse import project_
+    >>> weight = torch.tensor([[5.0, 4.0, 3.0], [0.3, 0.2, 0.1]])
+    >>> project_(weight, keep=3, floor=1)  # without the floor the second neuron would die
+    >>> weight
+    tensor([[5.0000, 4.0000, 0.0000],
+            [0.3000, 0.0000, 0.0000]])
     """
     if dim not in (0, 1):
         raise ValueError(f"project_: dim={dim} must be 0 (protect rows) or 1 (protect columns)")

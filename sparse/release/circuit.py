@@ -112,6 +112,22 @@ def load_circuit(
     A location that the file does not have keeps no node. `final_resid` is left alone then; where
     the file has it, it is the last residual before its norm, and the means must hold it too:
     `node_means(model, blocks, locations=[*model.node_widths(), "final_resid"])`.
+
+    >>> import tempfile
+    >>> import torch
+    >>> from bridges import load_run
+    >>> from sparse import release
+    >>> run = load_run("tiny")
+    >>> circuit = run.circuits()["single_double_quote"].resized(2)
+    >>> batch = circuit.task.batch(run.tokenizer, "test").take(torch.arange(2))
+    >>> replay = release.Replay(circuit=circuit, batch=batch, one_sided=False, stored=None)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     release.save_circuit(replay, run.sparse, f"{folder}/viz_data.pt")
+    ...     again = release.load_circuit(
+    ...         f"{folder}/viz_data.pt", run.sparse, run.tokenizer, batch.targets[0]
+    ...     )
+    >>> abs(again.loss(run.sparse) - again.stored) < 1e-5  # run again, and as the file says
+    True
     """
     path = Path(path)
     values = read_torch(path)

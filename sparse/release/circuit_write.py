@@ -27,6 +27,20 @@ def save_circuit(replay: Replay, model: SparseGPT, path: str | Path) -> None:
 
     Losses are measured now, except a node's, a sublayer's or an edge's that came with a released
     file of this very circuit. Activations are those of the circuit; no text samples are written.
+
+    >>> import os
+    >>> import tempfile
+    >>> import torch
+    >>> from bridges import load_run
+    >>> from sparse import release
+    >>> run = load_run("tiny")
+    >>> circuit = run.circuits()["single_double_quote"].resized(2)
+    >>> batch = circuit.task.batch(run.tokenizer, "test").take(torch.arange(2))
+    >>> replay = release.Replay(circuit=circuit, batch=batch, one_sided=False, stored=None)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     release.save_circuit(replay, run.sparse, f"{folder}/viz_data.pt")
+    ...     os.listdir(folder)
+    ['viz_data.pt']
     """
     replay.circuit.check(model)
     circuit, tokens = replay.circuit, replay.batch.ids.masked_fill(~replay.batch.real, 0)

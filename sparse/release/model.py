@@ -44,6 +44,15 @@ def load_model(folder: str | Path) -> SparseGPT:
 
     An additive position table of zeros means a model without positions, and logit biases of zero
     one without them (both are always stored); such a model then has no limit of length.
+
+    >>> import tempfile
+    >>> from sparse import SparseGPT, SparseGPTConfig, release
+    >>> model = SparseGPT(SparseGPTConfig(vocab_size=40, hidden_size=32, num_hidden_layers=1))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     release.save_model(model, folder)
+    ...     again = release.load_model(folder)
+    >>> again.config.hidden_size
+    32
     """
     folder = Path(folder)
     values, state = read_json(folder / CONFIG), read_torch(folder / WEIGHTS)
@@ -73,6 +82,15 @@ def save_model(model: SparseGPT, folder: str | Path, tokenizer_name: str = "tiny
 
     Raises ValueError naming the field that the format cannot express. Of a learned bigram table the
     format's last row never learns: `bigram_freeze_last` comes back true.
+
+    >>> import os
+    >>> import tempfile
+    >>> from sparse import SparseGPT, SparseGPTConfig, release
+    >>> model = SparseGPT(SparseGPTConfig(vocab_size=40, hidden_size=32, num_hidden_layers=1))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     release.save_model(model, folder)
+    ...     sorted(os.listdir(folder))
+    ['beeg_config.json', 'final_model.pt']
     """
     values = write_config(model.config, tokenizer_name)
     ours = {_theirs(n): t.detach().cpu().float() for n, t in model.state_dict().items()}

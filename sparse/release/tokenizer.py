@@ -41,6 +41,14 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
 
     `<|endoftext|>` is its end of text, recognised in text too. Raises ValueError unless the two
     files are of one tokenizer.
+
+    >>> import tempfile
+    >>> from sparse import release
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     release.save_tokenizer([(b"a", b"b")], folder)
+    ...     tokenizer = release.load_tokenizer(folder)
+    >>> len(tokenizer)  # 256 bytes, one merge, the end of text
+    258
     """
     folder = Path(folder)
     vocabulary = _vocabulary(_merges(folder / "vocab.bpe"))
@@ -72,7 +80,16 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
 
 
 def save_tokenizer(merges: Merges, folder: str | Path) -> None:
-    """Write encoder.json and vocab.bpe of the tokenizer with these merges, in order of rank."""
+    """Write encoder.json and vocab.bpe of the tokenizer with these merges, in order of rank.
+
+    >>> import tempfile
+    >>> from sparse import release
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     release.save_tokenizer([(b"a", b"b")], folder)
+    ...     tokenizer = release.load_tokenizer(folder)
+    >>> tokenizer.tokenize("abba")
+    ['ab', 'b', 'a']
+    """
     as_text = [(_text(a), _text(b)) for a, b in merges]
     vocabulary = _vocabulary(as_text)
     vocabulary[END_OF_TEXT] = len(vocabulary)

@@ -251,7 +251,8 @@ def _weights(tensors: Mapping[str, Tensor], compressed: bool) -> str:
     if compressed:
         how = (
             "tensors that are sparse enough as indices and values "
-            "(`sparse/storage/compressed.py`, format version 1), which the lines above load to the same bits; the others as they are"
+            "(`sparse/storage/compressed.py`, format version 1), which the lines above load to the "
+            "same bits; the others as they are"
         )
     table = _table(("tensor", "shape", "not zero", "entries", "density"), rows)
     return f"safetensors, {dtypes}: {how}.\n\n{table}"

@@ -69,7 +69,16 @@ class TaskBatch:
 
 
 def task_nats(logits: Float[Tensor, "prompt vocab"], batch: TaskBatch) -> Float[Tensor, " prompt"]:
-    """Two-token binary cross entropy of every prompt, in nats: softplus(foil - target)."""
+    """Two-token binary cross entropy of every prompt, in nats: softplus(foil - target).
+
+    >>> from bridges import load_run
+    >>> from sparse import get_task, last_logits, task_nats
+    >>> run = load_run("tiny")
+    >>> batch = get_task("single_double_quote").batch(run.tokenizer, "test")
+    >>> nats = task_nats(last_logits(run.sparse, batch), batch)  # one number a prompt
+    >>> bool(nats.mean() < 0.3)  # chance is ln 2 = 0.693
+    True
+    """
     return F.softplus(-logit_difference(logits, batch))
 
 

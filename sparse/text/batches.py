@@ -223,6 +223,11 @@ def first_blocks(
 
     No row is read beyond them; `fields` are those of `StreamingBatches`. Raises ValueError if there
     is not one full block.
+
+    >>> from dense import tiny
+    >>> from sparse import first_blocks, stream_corpus
+    >>> first_blocks(stream_corpus(), tiny().tokenizer, length=32, n=4).shape
+    torch.Size([4, 32])
     """
     stream = StreamingBatches(rows, tokenizer, length, 1, part=part, **fields)
     blocks = list(takewhile(lambda _: stream.epoch == 0, islice(stream, n)))

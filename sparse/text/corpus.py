@@ -60,6 +60,11 @@ def load_corpus(
 
     Raises ValueError if a column is missing or a split is left empty, FileNotFoundError if a path
     does not exist, ImportError without the extra `data`.
+
+    >>> from sparse import load_corpus
+    >>> corpus = load_corpus(documents=100)  # of Python's standard library
+    >>> len(corpus.train) + len(corpus.validation)
+    100
     """
     if not 0 < validation_share < 1:
         raise ValueError(f"load_corpus: validation_share={validation_share} must be in (0, 1)")
@@ -133,6 +138,11 @@ def stream_corpus(
 
     Files give `Documents`, the name of a Hugging Face dataset its streamed rows. Errors are those
     of `load_corpus`.
+
+    >>> from sparse import stream_corpus
+    >>> rows = stream_corpus()
+    >>> sorted(next(iter(rows)))
+    ['text']
     """
     if found := _files(source):
         return Documents(found, text_column)

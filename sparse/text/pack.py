@@ -33,6 +33,11 @@ def pack(
 
     With `cache`, a folder, the blocks are kept there in a file named by a hash of texts, tokenizer
     and length. Raises ValueError without an end-of-text token or if there is not one full block.
+
+    >>> from dense import tiny
+    >>> from sparse import pack
+    >>> pack(["a = 1; " * 20, "b = 2; " * 20], tiny().tokenizer, length=16).shape[1]
+    16
     """
     if length < 2:
         raise ValueError(f"pack: length={length} must be at least 2 tokens: one predicts the next")
@@ -63,7 +68,13 @@ def pack(
 
 
 def estimated_tokens(corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return about how many tokens `pack` would make of a corpus, from 64 of its documents."""
+    """Return about how many tokens `pack` would make of a corpus, from 64 of its documents.
+
+    >>> from dense import tiny
+    >>> from sparse import estimated_tokens, load_corpus
+    >>> estimated_tokens(load_corpus(documents=200), tiny().tokenizer) > 100_000
+    True
+    """
     texts = [*corpus.train, *corpus.validation]
     some = texts[:: max(1, len(texts) // 64)]
     tokens = sum(len(ids) + 1 for ids in encode(tokenizer, some))

@@ -155,7 +155,7 @@ def _update(
 
 def _bar(steps: int, done: int, accelerator: Accelerator) -> tqdm:
     hidden, n = not accelerator.is_main_process, accelerator.num_processes
-    what = f"train, {n} process{'es' * (n > 1)}"
+    what = f"train, processes: {n}"
     return tqdm(
         total=steps, initial=done, desc=what, unit="step", disable=hidden, dynamic_ncols=True
     )

@@ -168,6 +168,19 @@ def pretrain(
 
     `validation` holds batches that are scored at every evaluation, shared among the processes.
     Returns what the trained model scores on them: {"ce": nats per token}, or {} without any.
+
+    >>> import tempfile
+    >>> import torch
+    >>> from sparse import Batches, PretrainConfig, SparseGPT, SparseGPTConfig, SparsityConfig
+    >>> from sparse import TrainConfig, pretrain
+    >>> model = SparseGPT(SparseGPTConfig(vocab_size=40, hidden_size=32, num_hidden_layers=1))
+    >>> blocks = torch.randint(40, (8, 16))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     train, sparsity = TrainConfig(steps=2, folder=folder), SparsityConfig(density=1 / 4)
+    ...     config = PretrainConfig(train=train, sparsity=sparsity)
+    ...     scores = pretrain(model, Batches(blocks, 4), config, [blocks[:2]])
+    >>> list(scores)  # nats per token on held-out text
+    ['ce']
     """
     accelerator = accelerator_for(config.train, accelerator)
     module = Pretraining(model.to(accelerator.device), config)  # pyright: ignore[reportArgumentType]

@@ -58,6 +58,9 @@ def check_processes(asked: int | None, world: int) -> None:
     `asked` is `TrainConfig.processes`, `world` the number of processes that train together.
     `accelerate launch --num_processes 2` starts one process where there is no GPU, and says so only
     by naming a master; with --multi_gpu, or torchrun, it starts two that train apart.
+
+    >>> from sparse import check_processes
+    >>> check_processes(None, world=1)  # nothing was asked for, and one process trains
     """
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     remedy = (
@@ -77,6 +80,6 @@ def check_processes(asked: int | None, world: int) -> None:
         )
     if asked not in (None, world):
         raise ValueError(
-            f"TrainConfig.processes={asked}, but {world} train{'s' * (world == 1)} together; "
+            f"TrainConfig.processes={asked}, but the number that train together is {world}; "
             f"{remedy}"
         )

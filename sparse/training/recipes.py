@@ -48,9 +48,14 @@ def gao2025(
 
     (docs/method.md#the-training-step.) `model`, `sparsity`, `train` and `recipe` replace single
     fields of SparseGPTConfig, SparsityConfig, TrainConfig and PretrainConfig. Attention sinks are
-    on, as in the authors' later models. The row of the last token, which should be the end of text, is not
-    trained in the bigram table; model=dict(bigram_freeze_last=False) trains it. Raises ValueError
-    where e and pfrac ask for more than every weight.
+    on, as in the authors' later models. The row of the last token, which should be the end of
+    text, is not trained in the bigram table; model=dict(bigram_freeze_last=False) trains it. Raises
+    ValueError where e and pfrac ask for more than every weight.
+
+    >>> from sparse import gao2025
+    >>> preset = gao2025("runs/e4", expansion=4, pfrac=1 / 4)
+    >>> preset.model.hidden_size, preset.pretrain.sparsity.density, preset.pretrain.train.steps
+    (1024, 0.015625, 244140)
     """
     width = _width(expansion, pfrac)
     shape: dict[str, Any] = dict(

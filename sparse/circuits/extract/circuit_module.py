@@ -43,9 +43,11 @@ def extract(circuit: Circuit, model: SparseGPT, mode: Mode = "exact") -> Circuit
     same only where k is the width. Raises ValueError for another model than the circuit's.
 
     >>> from bridges import load_run
+    >>> from sparse import extract
     >>> run = load_run("tiny")
-    >>> extract(run.circuits()["single_double_quote"], run.sparse).n_nodes
-    68
+    >>> small = extract(run.circuits()["single_double_quote"], run.sparse)
+    >>> small.n_nodes, small(run.heldout()[:1]).shape[-1]
+    (68, 2048)
     """
     circuit.check(model)
     return CircuitModule(model, circuit.masks(), circuit.ablation, mode)

@@ -275,8 +275,11 @@ def _channels(
         if attn.sinks is not None:
             of_q[:n], of_q[n] = mu_k * q.kept, mu_q @ mu_k
         both = list(unit[:n][q.kept & k.kept & span])
-        left_q = both + [one] * bool(of_k.any()) + [of_q] * bool(of_q.any())
-        left_k = both + [of_k] * bool(of_k.any()) + [one] * bool(of_q.any())
+        left_q, left_k = [*both], [*both]
+        if of_k.any():
+            left_q, left_k = [*left_q, one], [*left_k, of_k]
+        if of_q.any():
+            left_q, left_k = [*left_q, of_q], [*left_k, one]
         values, reads = list(unit[:n][live & span]), list(w_out.T[live & span])
         if fixed[:, h].any():
             values, reads = [*values, one], [*reads, fixed[:, h]]

@@ -8,12 +8,23 @@ from .python import SUITE
 
 
 def task_names() -> tuple[str, ...]:
-    """Return the names of the built-in tasks; each has a twin called `<name>:nonsense`."""
+    """Return the names of the built-in tasks; each has a twin called `<name>:nonsense`.
+
+    >>> from sparse import task_names
+    >>> "single_double_quote" in task_names()
+    True
+    """
     return tuple(SUITE)
 
 
 def get_task(name: str) -> Task:
-    """Return a built-in task, or with `<name>:nonsense` its nonsense twin."""
+    """Return a built-in task, or with `<name>:nonsense` its nonsense twin.
+
+    >>> from sparse import get_task
+    >>> task = get_task("single_double_quote")
+    >>> task.test[0].context_1, task.test[0].context_2
+    ('    self.label = "large', "    self.label = 'large")
+    """
     plain, colon, twin = name.partition(":")
     if plain not in SUITE or (colon and twin != "nonsense"):
         raise ValueError(

@@ -62,7 +62,10 @@ def test_one_process_trains_where_one_or_nothing_was_asked_for(monkeypatch):
 
 
 def test_another_number_of_processes_than_was_asked_for_is_refused(monkeypatch):
-    with pytest.raises(ValueError, match="processes=3, but 1 trains together; .*per_node 3 SCRIPT"):
+    with pytest.raises(
+        ValueError,
+        match="processes=3, but the number that train together is 1; .*per_node 3 SCRIPT",
+    ):
         checked(monkeypatch, 3)
     with pytest.raises(ValueError, match="4 processes were started, but this one trains alone"):
         checked(monkeypatch, 1, WORLD_SIZE="4")

@@ -218,7 +218,7 @@ def test_a_wheel_alone_runs_the_quickstart_in_a_fresh_environment(wheel, tmp_pat
     script = shutil.copy(ROOT / "examples" / "quickstart.py", tmp_path / "elsewhere" / "examples")
     code = f"""
         import importlib, runpy, sys
-        sys.argv = [{script!r}, "--draws", "2"]
+        sys.argv = [{script!r}, "--draws", "5"]
         runpy.run_path(sys.argv[0], run_name="__main__")
         for name in {PACKAGES}:
             print("from", importlib.import_module(name).__file__)

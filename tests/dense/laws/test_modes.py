@@ -129,9 +129,9 @@ def test_checkpointing_changes_no_gradient(make, ids, family):
         assert torch.equal(got, want[s])
 
 
-def test_blocks_and_halves_compile_without_a_break(make, ids, monkeypatch):
-    # the checks of shapes that the tests add give all functions one code, whose graphs are bounded
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 64)
+# the checks of shapes that the tests add give all functions one code, whose graphs are bounded
+@torch._dynamo.config.patch(recompile_limit=64)
+def test_blocks_and_halves_compile_without_a_break(make, ids):
     dense = DenseModel(make("llama"))
     h, y = dense.residuals_and_logits(ids)
     slope = entry_gradient(lambda x: dense.resume(3, x, ids), h[3])

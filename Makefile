@@ -21,7 +21,7 @@ demo: .venv/.installed
 	@$(IN_VENV) set -x && accelerate launch examples/train_bridge.py --dense tiny
 
 test: .venv/.installed
-	@$(IN_VENV) set -x && pytest
+	@$(IN_VENV) set -x && pytest -n 2
 
 check: .venv/.installed
 	@$(IN_VENV) set -x && ruff check . && ruff format --check . && pyright

@@ -1,13 +1,20 @@
-"""The examples run, as the README says, at their smallest setting; and the thin ones stay thin."""
+"""The README's commands and examples run, at their smallest setting; and the thin ones stay thin.
+
+All that needs the main job's run folder is in this file, so that one process runs that job once.
+"""
 
 import argparse
 import ast
 import json
 import runpy
 import sys
+import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from tests.helpers.readme import MAIN_JOB, SETUP, blocks, commands, run_words, small
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = {path.name: path for path in sorted((ROOT / "examples").glob("*.py"))}
@@ -26,11 +33,59 @@ PRINTS = {  # example: what it must have printed
     "train_dense.py": "validation",
     "open_release.py": "replayed: 0.",
 }
+SMALL = {"n_steps=600": "n_steps=4", "draws=100": "draws=4"}  # in the Python tour
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder outside the repository, with a little text, in which commands are run."""
+    folder = tmp_path_factory.mktemp("a workplace")
+    library = Path(sysconfig.get_path("stdlib"))
+    modules = [library / f"{name}.py" for name in ("argparse", "ast", "inspect", "typing")]
+    text = "\n\n".join(path.read_text(encoding="utf-8") for path in modules)
+    (folder / "text.txt").write_text(text, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run_command(workplace: Path) -> Callable[[str], str]:
+    """`run_command(line)`: what a README command prints, run small, once, in the workplace.
+
+    Commands read the run folder that the main job leaves, so that one is run first.
+    """
+
+    done: dict[str, str | AssertionError] = {}
+
+    def run(line: str) -> str:
+        if line != MAIN_JOB:
+            run(MAIN_JOB)
+        if line not in done:
+            try:
+                done[line] = run_words(small(line), workplace)
+            except AssertionError as error:  # do not run for minutes to fail again
+                done[line] = error
+        if isinstance(result := done[line], AssertionError):
+            raise result
+        return result
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def main_job(run_command: Callable[[str], str]) -> str:
+    """What the main job prints, run small; its run folder is runs/tiny-demo in the workplace."""
+    return run_command(MAIN_JOB)
+
+
+@pytest.fixture(scope="module")
+def run_python(workplace: Path) -> Callable[[str], str]:
+    """`run_python(code)`: what Python prints in the workplace, where our packages are installed."""
+    return lambda code: run_words([sys.executable, "-c", code], workplace)
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
-def test_an_example_runs_as_the_readme_says(example, readme_commands, run_command):
-    lines = [line for line in readme_commands if f"examples/{example}" in line]
+def test_an_example_runs_as_the_readme_says(example, run_command):
+    lines = [line for line in commands() if f"examples/{example}" in line]
     assert lines, f"the README has no command for {example}"
     assert PRINTS[example] in run_command(lines[0])
 
@@ -44,6 +99,27 @@ def test_the_main_job_leaves_a_whole_run(workplace, main_job):
     assert files >= {"bridges", f"{circuit}/circuit.json", f"{circuit}-nonsense/circuit.json"}
     assert files >= {"report.json", "report.md", "report.html"}
     assert json.loads((run / "manifest.json").read_text())["dense"]["name"] == "tiny"
+
+
+def test_every_command_runs(run_command):
+    made, ran = set(), []
+    for line in commands():
+        if line.startswith("make "):
+            made.add(line.removeprefix("make "))
+        elif line not in SETUP:
+            run_command(line)
+            ran.append(line)
+    assert made == {"demo", "test"} and len(ran) >= 8
+
+
+def test_the_python_tour_runs_on_the_demo(main_job, run_python):
+    (tour,) = blocks("python")
+    lines = [line for line in tour.splitlines() if line.strip()]
+    assert len(lines) <= 12
+    for large, few in SMALL.items():
+        assert tour.count(large) == 1
+        tour = tour.replace(large, few)
+    assert "steering" in run_python(tour)
 
 
 @pytest.mark.parametrize("example", EXAMPLES)

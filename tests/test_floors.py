@@ -298,6 +298,22 @@ def public_definitions_have_docstrings(root: Path) -> list[str]:
     ]
 
 
+def wings_are_mirrored_by_tests(root: Path) -> list[str]:
+    """A test file is named after the file or the wing that it tests; laws of several are `laws`."""
+    broken = []
+    for package in PACKAGES:
+        for path in sorted((root / "tests" / package).rglob("test_*.py")):
+            inner = path.relative_to(root / "tests")
+            folder, name = root / inner.parent, path.stem.removeprefix("test_")
+            if inner.parts[1] == "laws":
+                continue
+            wing = folder.is_dir() and folder.name == name
+            if not wing and not (folder / f"{name}.py").is_file():
+                where = path.relative_to(root).as_posix()
+                broken.append(f"{where} mirrors no {folder.relative_to(root)}/{name}.py")
+    return broken
+
+
 Rule = Callable[[Path], list[str]]
 PLANTED: dict[Rule, dict[str, str]] = {  # rule: file to what breaks the rule there
     imports_run_down_between_packages: {
@@ -355,6 +371,13 @@ PLANTED: dict[Rule, dict[str, str]] = {  # rule: file to what breaks the rule th
         "sparse/ops/a.py": "def f():\n    return 1\n",
         "sparse/ops/b.py": "class A:\n    x = 1\n",
     },
+    wings_are_mirrored_by_tests: {
+        "tests/sparse/test_project.py": "",
+        "tests/sparse/attic/test_project.py": "",
+        "tests/sparse/ops/test_projection.py": "",
+        "tests/bridges/ops/test_project.py": "",
+        "tests/dense/model/test_model.py": "",
+    },
 }
 HARMLESS = {
     "sparse/__init__.py": '__all__ = ["prune"]\n\nfrom .circuits.pruning.prune import prune\n',
@@ -380,6 +403,12 @@ HARMLESS = {
     + "# so are comments\n" * MAX_FILE,
     "evals/__main__.py": "print(1)\n",
     "examples/good.py": "from sparse import prune\n\nprint(prune)\n",
+    "tests/sparse/conftest.py": "",
+    "tests/sparse/laws/test_reliable.py": "",
+    "tests/sparse/ops/test_ops.py": "",
+    "tests/sparse/ops/test_project.py": "",
+    "tests/dense/test_model.py": "",
+    "tests/helpers/small_run.py": "",
 }
 
 

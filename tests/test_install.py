@@ -5,6 +5,8 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
+import tarfile
 import textwrap
 import tomllib
 import zipfile
@@ -63,23 +65,38 @@ def foreign(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel built from a copy of the project, without a network and without isolation."""
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a wheel and an sdist of a copy of the project, built without a network."""
     folder = tmp_path_factory.mktemp("build")
     leave = shutil.ignore_patterns("__pycache__", "*.egg-info")
     for name in (*PACKAGES, "examples", "tests"):
         shutil.copytree(ROOT / name, folder / "project" / name, ignore=leave)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder / "project")
-    build = ["-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-q"]
-    done = subprocess.run(
-        [sys.executable, *build, "-w", str(folder), str(folder / "project")],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    (built,) = folder.glob("*.whl")
-    return built
+    sdist = f"from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})"
+    pip = ["-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-q"]
+    for words in (["-c", sdist], [*pip, "-w", str(folder), "."]):
+        done = subprocess.run(
+            [sys.executable, *words], cwd=folder / "project", capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(built: Path) -> Path:
+    (found,) = built.glob("*.whl")
+    return found
+
+
+def shipped() -> set[str]:
+    """Return the files of our packages, as paths from the repository's root."""
+    return {
+        path.relative_to(ROOT).as_posix()
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
 
 
 # Z1: the names are taken
@@ -169,18 +186,59 @@ def test_a_wheel_holds_the_four_packages_whole_and_nothing_else(wheel):
         (metadata,) = (n for n in packed.namelist() if n.endswith(".dist-info/METADATA"))
         about = packed.read(metadata).decode()
     assert {name.partition("/")[0] for name in names} == set(PACKAGES)
-    ours = {
-        path.relative_to(ROOT).as_posix()
-        for package in PACKAGES
-        for path in (ROOT / package).rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
-    }
-    assert names == ours
+    assert names == shipped()
+    assert {f"{package}/py.typed" for package in PACKAGES} <= names
+    assert "evals/report/page.html" in names
     assert {"dense/tiny_data/model.safetensors", "dense/tiny_data/tokenizer.json"} <= names
     assert sum((ROOT / n).stat().st_size for n in names if "tiny_data" in n) < 6e6
     assert "bridges/tiny_run/sparse/model.safetensors" in names
     assert sum((ROOT / n).stat().st_size for n in names if "tiny_run" in n) <= 8e6
     assert "Name: sparse-bridges\n" in about and "License-Expression: Apache-2.0\n" in about
+
+
+def test_a_source_distribution_holds_the_four_packages_whole(built):
+    (sdist,) = built.glob("*.tar.gz")
+    with tarfile.open(sdist) as packed:
+        names = {m.name.partition("/")[2] for m in packed.getmembers() if m.isfile()}
+    assert {name for name in names if name.partition("/")[0] in PACKAGES} == shipped()
+    assert {"pyproject.toml", "README.md", "LICENSE"} <= names
+
+
+def test_a_wheel_alone_runs_the_quickstart_in_a_fresh_environment(wheel, tmp_path):
+    """Its dependencies are those of this environment, whose editable install of ours is not read:
+    a .pth file that names a folder puts it on the path, and leaves the .pth files in it alone.
+    """
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "env"], check=True)
+    (site,) = tmp_path.glob("env/lib/python*/site-packages")
+    with zipfile.ZipFile(wheel) as packed:
+        packed.extractall(site)
+    folders = {sysconfig.get_path(name) for name in ("purelib", "platlib")}
+    (site / "dependencies.pth").write_text("\n".join(sorted(folders)))
+    (tmp_path / "elsewhere" / "examples").mkdir(parents=True)
+    script = shutil.copy(ROOT / "examples" / "quickstart.py", tmp_path / "elsewhere" / "examples")
+    code = f"""
+        import importlib, runpy, sys
+        sys.argv = [{script!r}, "--draws", "5"]
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        for name in {PACKAGES}:
+            print("from", importlib.import_module(name).__file__)
+        print(*sys.path, sep="\\n")
+    """
+    done = subprocess.run(
+        [tmp_path / "env" / "bin" / "python", "-c", textwrap.dedent(code)],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT / "tests" / "offline")},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "steering" in done.stdout and "refused a connection" not in done.stderr
+    lines = done.stdout.splitlines()
+    for name in PACKAGES:
+        assert f"from {site / name / '__init__.py'}" in lines
+    assert str(ROOT) not in lines and str(site) in lines
 
 
 def test_every_dependency_has_a_tested_version():

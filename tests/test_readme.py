@@ -1,4 +1,4 @@
-"""The README is true: its commands run, its files exist, its Python runs."""
+"""The README is true: its files and words exist; tests/test_examples.py runs its commands."""
 
 import re
 import subprocess
@@ -6,53 +6,21 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+from tests.helpers.readme import README, ROOT, SETUP, blocks, commands
+
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
-SETUP = {  # what sets up and what is this suite itself: `make` runs the same words
-    "python -m venv .venv",
-    ". .venv/bin/activate",
-    'pip install -c constraints.txt -e ".[test]"',
-    "pytest",
-}
-SMALL = {"n_steps=600": "n_steps=4", "draws=100": "draws=4"}  # in the Python tour
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.M | re.S)
-
-
-def test_every_command_runs(readme_commands, run_command):
-    made, ran = set(), []
-    for line in readme_commands:
-        if line.startswith("make "):
-            made.add(line.removeprefix("make "))
-        elif line not in SETUP:
-            run_command(line)
-            ran.append(line)
-    assert made == {"demo", "test"} and len(ran) >= 8
-
-
-def test_make_runs_the_commands_that_the_readme_shows(readme_commands):
+def test_make_runs_the_commands_that_the_readme_shows():
     recipes = MAKEFILE.replace("$(PYTHON)", "python")
-    main_job = next(line for line in readme_commands if line.startswith("accelerate"))
+    main_job = next(line for line in commands() if line.startswith("accelerate"))
     for line in [*SETUP, main_job]:
-        assert line in readme_commands
+        assert line in commands()
         assert re.search(rf"{re.escape(line)}( &&)?$", recipes, flags=re.M), line
     for target in ("demo", "test", "check"):
         assert re.search(rf"^{target}: \.venv/\.installed$", MAKEFILE, flags=re.M)
     assert "\tmake test" not in MAKEFILE
     assert "make test" in (ROOT / ".ci" / "run").read_text()
-
-
-def test_the_python_tour_runs_on_the_demo(main_job, run_python):
-    (tour,) = blocks("python")
-    lines = [line for line in tour.splitlines() if line.strip()]
-    assert len(lines) <= 12
-    for large, small in SMALL.items():
-        assert tour.count(large) == 1
-        tour = tour.replace(large, small)
-    assert "steering" in run_python(tour)
 
 
 def test_the_files_and_wings_of_the_tree_exist_and_no_wing_is_missing():

@@ -212,7 +212,7 @@ def test_what_the_report_will_need_is_asked_for_before_anything_is_trained(
 
 
 def test_two_processes_are_started_as_the_refusal_of_one_says(folder, tmp_path):
-    """Their training is that of one process, which tests/bridges/test_devices.py compares."""
+    """Their training is that of one process, which tests/bridges/laws/test_devices.py compares."""
     write_text(tmp_path)
     env = os.environ | {"ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo"}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", SCRIPT]

@@ -27,4 +27,8 @@ def _check(event: str, args: tuple) -> None:
     raise PermissionError(f"the tests run without a network, and {event} asked for {host}")
 
 
-sys.addaudithook(_check)
+_first = sys.modules.get("sitecustomize")
+if __name__ != "sitecustomize" and getattr(_first, "__file__", None) == __file__:
+    refused = _first.refused  # this process started with the rule
+else:
+    sys.addaudithook(_check)

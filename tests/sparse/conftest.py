@@ -1,10 +1,5 @@
 """Tokenizers and models small enough to know by heart; built in code, no network."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,24 +15,6 @@ from sparse.tasks.task import Pair, Task
 
 N_FILLERS = 11
 FILLERS = [f"w{i}" for i in range(12)]
-
-
-@pytest.fixture(scope="session")
-def run_cases():
-    """`run_cases(script, mode, **environment)`: what a script beside this file printed as JSON."""
-
-    def run(script: str, mode: str, **environment: str) -> dict:
-        done = subprocess.run(
-            [sys.executable, Path(__file__).with_name(script), mode],
-            env=os.environ | environment,
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
-
-    return run
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,1 @@
+"""What several test files share, and what they start in processes of their own."""

@@ -4,9 +4,9 @@
     m = 1[tau >= 0],  dm/dtau := sigmoid'(tau / theta) / theta
     loss = task nats + k_coef sum m             AdamW on tau, then rank by tau and search the size
 
-mask.py explains the letters, learn.py learns tau, and search.py finds the size. The train split is
-used for tau and the calibration, the validation split for the size (the train split, for a task that
-has no other), and the test split is only reported.
+mask.py explains the letters, learn.py learns tau, and search.py finds the size. The train split
+decides tau and the calibration, the validation split decides the size (the train split does where
+there is no other), and the test split is only reported.
 """
 
 from __future__ import annotations

@@ -50,7 +50,8 @@ LATER = ("norm", "norm_bias", "layer_norm_eps", "linear_bias", "residual_activat
 LATER += ("position_channels", "logits_bias")
 
 
-@no_type_check  # Hugging Face's __init__ takes any keyword; a checker of its signature takes fewer
+# no_type_check: Hugging Face's __init__ takes any keyword; a checker of its signature takes fewer
+@no_type_check
 class SparseGPTConfig(PreTrainedConfig):
     """The architecture of a SparseGPT.
 

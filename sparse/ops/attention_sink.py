@@ -62,7 +62,7 @@ def _flash_backward(dy, q, k, v, o, lse, scale, seed, offset):
 
 
 def _efficient(q, k, v, scale):
-    """The memory-efficient kernel. Its lse is padded with infinities to 32 n positions."""
+    """Run the memory-efficient kernel; it pads lse with infinities to 32 n positions."""
     return torch.ops.aten._scaled_dot_product_efficient_attention(
         q, k, v, None, True, 0.0, True, scale=scale
     )

@@ -38,7 +38,7 @@ from sparse.tasks.task import Pair, Task
 from .files import read_torch
 
 RELEASED = "released"  # key of Circuit.config under which the rest of a file is kept
-SIZES = {  # fields of the config stored in a file: ours, with which the model is compared
+SIZES = {  # the authors' field: ours; in these a file's stored config must agree with the model
     "vocab_size": "vocab_size",
     "n_layer": "num_hidden_layers",
     "n_head": "num_attention_heads",

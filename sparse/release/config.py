@@ -14,7 +14,7 @@ NONE = type(None)
 FIELDS: dict[str, tuple[tuple[type, ...], Any]] = {  # key: its types, and its value if it is absent
     "block_size": (WHOLE, 1024),
     "vocab_size": (WHOLE, 50304),
-    "n_layer": (WHOLE, ...),  # ... means that the key must be there
+    "n_layer": (WHOLE, ...),  # an ellipsis means that the key must be there
     "n_head": (WHOLE, ...),
     "d_head": ((int, NONE), None),  # None means d_model // n_head
     "d_model": (WHOLE, ...),

@@ -29,7 +29,7 @@ SPLIT = "|".join(
         r"\p{N}{1,3}",
         r" ?[^\s\p{L}\p{N}]+[\r\n/]*",  # signs, with a space before and line ends or slashes after
         r"\s*[\r\n]+",
-        r"\s+(?!\S)",  # spaces, but the last one where something follows
+        r"\s+(?!\S)",  # spaces, without the last one where something follows
         r"\s+",
     ]
 )

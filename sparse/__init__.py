@@ -1,4 +1,16 @@
-"""A weight-sparse GPT and the circuits inside it. Importing it registers the Auto classes."""
+"""A weight-sparse GPT and the circuits inside it.
+
+    model       the architecture, its residual stream and its node locations
+    training    training with an annealed sparsity; bridges are trained by the same loop
+    text        documents, and batches of tokens
+    tasks       pairs of prompts, and the loss that scores them
+    circuits    pruning to the nodes that a task needs, and what can be done with them
+    ops         the operations that need code of their own: AbsTopK, projection, sinks, CSR
+    storage     files: models, cards, checkpoints
+    release     the authors' released models, circuits and tokenizer
+
+Importing this package registers the Auto classes of transformers for SparseGPT.
+"""
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
@@ -73,7 +85,10 @@ __all__ = [
 
 
 class SparseArray:
-    """Keeps scipy working: it asks any loaded module called `sparse` for this name."""
+    """A stand-in for a class of the package that PyPI calls `sparse`.
+
+    scipy asks any loaded module called `sparse` for this name, and would fail without it.
+    """
 
 
 AutoConfig.register("sparse_gpt", SparseGPTConfig)

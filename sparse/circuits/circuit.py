@@ -1,8 +1,11 @@
-"""Circuits: the few nodes of a SparseGPT that a task needs, and everything needed to trust them.
+"""Circuits: the few nodes of a SparseGPT that a task needs, and the losses that say how well.
 
-node    an entry of the vector at a location           0.mlp.post_act 17
-edge    a nonzero weight whose two ends are kept        docs/method.md#edges: six pairs per layer
+node    one entry of the vector at a node location       0.mlp.post_act 17
+edge    a nonzero weight between two kept nodes          docs/method.md#edges: six pairs per layer
 file    circuit.json, and circuit.safetensors with the values that replace the other nodes
+
+graph.py defines nodes and edges, pruning/ finds circuits, extract/ runs them fast, and view/ draws
+them.
 """
 
 from __future__ import annotations
@@ -31,38 +34,46 @@ from sparse.tasks.task import Task
 from .graph import THIRDS, Edge, Node, Nodes, edges_of, nodes_of
 
 SCHEMA_VERSION = 1
-RANKING = "ranking."  # before the location, in the file
+RANKING = "ranking."  # prefix of a location's ranking in circuit.safetensors
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Circuit:
-    """The nodes kept, the values of the rest, and the losses that say what this is worth."""
+    """The kept nodes of a model, the values that hold all others, and the losses measured so.
+
+    It behaves like a set of nodes: len, in, iteration in forward order, and &, | and - with another
+    circuit of the same model.
+    """
 
     task: Task
     nodes: Nodes
-    """Location to sorted indices."""
+    """The kept nodes: location to their sorted indices."""
     ablation: dict[str, Float[Tensor, " _"]]
-    """Location to the value of each of its nodes when it is not kept; names every location."""
+    """Location to the values at which its nodes are held when they are not kept. It has every node
+    location of the model, in forward order."""
     ablation_kind: Literal["mean", "zero"]
-    """mean: over the text the model was trained on; zero: nothing."""
+    """What `ablation` holds. "mean": each node's mean over the text the model was trained on.
+    "zero": zeros."""
     model_fingerprint: str
     """`SparseGPT.fingerprint()` of the model the nodes belong to."""
     d_head: int
     """Width of one attention head: it turns a q, k or v index into head and channel."""
     target_loss: float
-    """Nats on the validation split that `prune` was asked to meet."""
+    """The loss that `prune` was asked to meet on the validation split, in nats per prompt."""
     loss: dict[str, float] = field(default_factory=dict)
-    """Task loss in nats under `what/split`, for example `circuit/test`, `full/train`."""
+    """Task loss in nats per prompt under `what/split`, for example `circuit/test`, `full/train`."""
     ranking: dict[str, Float[Tensor, " _"]] = field(default_factory=dict)
-    """Location to tau, what `prune` ranked all nodes by; empty where it is not known."""
+    """Location to the tau of its nodes, by which `prune` ranked all nodes of the model; empty where
+    it is not known."""
     calibration: tuple[float, float] | None = None
-    """alpha, beta of delta' = alpha delta + beta on the logit difference, fitted on train."""
+    """(alpha, beta) of delta' = alpha delta + beta, where delta is the logit difference of the two
+    targets; fitted on the train split (pruning/calibration.py)."""
     source: Source | None = None
-    """The folder of the model, and so of its bridges."""
+    """The folder of the model, which also holds its bridges."""
     config: dict[str, Any] = field(default_factory=dict)
     """How it was found: the fields of `PruneConfig`, or what it was derived from."""
     notes: tuple[str, ...] = ()
-    """What a reader must know before believing it, such as an unmet target."""
+    """Warnings for a reader, such as a target that was not met."""
 
     def __post_init__(self) -> None:
         if self.ablation_kind not in ("mean", "zero"):
@@ -88,7 +99,10 @@ class Circuit:
 
     @property
     def met(self) -> bool:
-        """Whether the loss on the split that chose the size is within the target."""
+        """Whether the loss is within the target on the split that chose the size.
+
+        That is the validation split, or train for a task without one.
+        """
         chosen = self.loss.get("circuit/validation", self.loss.get("circuit/train", float("inf")))
         return chosen <= self.target_loss
 
@@ -152,7 +166,10 @@ class Circuit:
         return masks
 
     def with_nodes(self, nodes: Iterable[Node], how: str) -> Circuit:
-        """Return a circuit of other nodes of the same model; its losses are yet to be measured."""
+        """Return a circuit of other nodes of the same model, without losses: none are measured.
+
+        `how` says in its config what it is. Raises ValueError for what is not a node.
+        """
         found: dict[str, list[int]] = {}
         nodes = set(nodes)
         for node in nodes:
@@ -169,9 +186,10 @@ class Circuit:
         return replace(self, nodes=kept, config=origin, **unknown)
 
     def resized(self, n: int) -> Circuit:
-        """Return the first `n` nodes of the ranking, without training anew.
+        """Return the circuit of the first `n` nodes of the ranking, without training anew.
 
-        Equal tau go to the earlier node, as in `prune`; its clean-up is not repeated.
+        Of nodes with equal tau the earlier one comes first, as in `prune`. The clean-up of `prune`
+        is not repeated. Raises ValueError where the ranking is not known.
         """
         if not self.ranking or not 0 <= n <= self.n_total:
             known = f"0..{self.n_total}" if self.ranking else "none, since its ranking is not known"
@@ -183,9 +201,10 @@ class Circuit:
         return replace(circuit, ranking=self.ranking)
 
     def random(self, model: SparseGPT, seed: int, outside: bool = False) -> Circuit:
-        """Return the control: at each location equally many nodes, drawn from all of them.
+        """Return the control of this circuit: random nodes, equally many at each location.
 
-        With `outside`, nodes of this circuit are drawn only where the others do not suffice.
+        They are drawn from all nodes of the location. With `outside`, they are drawn from the nodes
+        that are not in this circuit, and from its own only where those are too few.
         """
         widths = model.node_widths()
         if FINAL in self.ablation:
@@ -212,7 +231,7 @@ class Circuit:
         return edges_of(model, self.nodes)
 
     def check(self, model: SparseGPT) -> None:
-        """Raise unless `model` is the one this circuit was found in."""
+        """Raise ValueError unless `model` is the one this circuit was found in (by fingerprint)."""
         if (found := model.fingerprint()) != self.model_fingerprint:
             where = f" (it was found in {self.source.folder})" if self.source else ""
             raise ValueError(
@@ -232,7 +251,7 @@ class Circuit:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything but the ablation values as plain values."""
+        """Return the circuit as plain values, without the tensors (`ablation` and `ranking`)."""
         source = self.source and {
             "folder": self.source.folder,
             "fingerprint": self.source.fingerprint,
@@ -260,9 +279,11 @@ class Circuit:
         return json.dumps(self.to_dict(), indent=1)
 
     def save(self, folder: str | Path) -> None:
-        """Write circuit.json and circuit.safetensors; a failure leaves what was there before.
+        """Write circuit.json and circuit.safetensors into `folder`.
 
-        The source folder is stored relative to `folder`, so that a run can be moved as a whole.
+        Each file is replaced whole. A save that is killed between the two leaves files of two
+        saves, which `load` refuses. The source folder is stored relative to `folder`, so that a run
+        can be moved as a whole.
         """
         folder = Path(folder)
         values = self.to_dict()
@@ -278,7 +299,10 @@ class Circuit:
 
     @classmethod
     def load(cls, folder: str | Path) -> Circuit:
-        """Read what `save` wrote, and check that the two files belong together."""
+        """Return the circuit that `save` wrote.
+
+        Raises ValueError where a file is missing or broken, or where the two are not of one save.
+        """
         folder = Path(folder)
         for name in ("circuit.json", "circuit.safetensors"):
             if not (folder / name).is_file():

@@ -1,4 +1,4 @@
-"""Nodes, and the edges between them: nonzero weights whose two ends are kept.
+"""Nodes, and the edges between them: nonzero weights between two kept nodes.
 
 docs/method.md#edges says what counts as an edge, and why.
 """
@@ -23,7 +23,7 @@ Nodes = dict[str, tuple[int, ...]]
 
 
 class Node(NamedTuple):
-    """One entry of the vector at a node location."""
+    """One entry of the vector at a node location, such as ("0.mlp.post_act", 17)."""
 
     location: str
     index: int  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -38,7 +38,10 @@ class Edge(NamedTuple):
 
 
 def nodes_of(values: Mapping[str, Sized]) -> list[Node]:
-    """Return every node of the locations in `values`, in their order; values give the widths."""
+    """Return every node of the locations in `values`, in their order.
+
+    The length of a value is the number of nodes at its location.
+    """
     return [Node(at, i) for at, value in values.items() for i in range(len(value))]
 
 

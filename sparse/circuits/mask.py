@@ -1,10 +1,12 @@
-"""Holding nodes still while a context is open, and masks that gradients reach.
+"""Masks over nodes: nodes that are not kept are held at a constant, and masks can be learned.
 
 x <- m x + (1 - m) mu                       at every node location, after AbsTopK
 m = 1[tau >= 0],  dm/dtau := sigmoid'(tau / theta) / theta
 mu = mean of x over the text the model was trained on (means.py), or 0
 
-docs/method.md#masks has the sources.
+The mask m is 1 for a kept node and 0 for one that is held at mu. It is a step function of the
+learned score tau, so the gradient of a sigmoid of temperature theta is used in the place of its own
+(docs/method.md#masks).
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ Values = Mapping[str, Shaped[Tensor, " _"]]
 
 
 class _Step(torch.autograd.Function):
+    """The step of `straight_through`, and the gradient that stands in for its own."""
+
     @staticmethod
     def forward(ctx, tau: Tensor, theta: float) -> Tensor:
         ctx.save_for_backward(tau)
@@ -38,7 +42,10 @@ class _Step(torch.autograd.Function):
 
 
 class _Hold(torch.autograd.Function):
-    """m x + (1 - m) mu, which is all that autograd would keep of it: x, m and mu."""
+    """Compute m x + (1 - m) mu, keeping for the backward pass nothing but x, m and mu.
+
+    x is kept only where m needs a gradient.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, m: Tensor, mu: Tensor) -> Tensor:
@@ -62,7 +69,10 @@ def straight_through(tau: Float[Tensor, " n"], theta: float) -> Float[Tensor, " 
 
 
 def by_location(flat: Shaped[Tensor, " n"], like: Values) -> dict[str, Shaped[Tensor, " _"]]:
-    """Return what `flat` holds for all nodes in forward order, by location as in `like`."""
+    """Return `flat`, one value per node in forward order, cut into one tensor per location.
+
+    `like` gives the locations in forward order and their widths.
+    """
     parts = flat.split([len(value) for value in like.values()])
     return dict(zip(like, parts, strict=True))
 
@@ -73,8 +83,9 @@ def masked(model: SparseGPT, keep: Values, ablation: Values) -> Iterator[None]:
 
         x <- m x + (1 - m) mu,      m = keep[location], mu = ablation[location]
 
-    `keep` holds bools or floats and may name some of the locations only. All kept is the model,
-    bit for bit. Gradients reach a float `keep`.
+    `keep` holds bools or floats. Locations that it does not name are left alone. Where it keeps
+    every node, the model computes what it does without the context, bit for bit. Gradients reach a
+    float `keep`.
 
     >>> from bridges import load_run
     >>> from sparse import last_logits, masked, task_nats

@@ -30,9 +30,11 @@ def node_means(
     batch_size: int = 16,
     locations: list[str] | None = None,
 ) -> dict[str, Float[Tensor, " _"]]:
-    """Return the mean of every node over all positions of `blocks`, which hold no padding.
+    """Return the mean of every node over all positions of `blocks`, {location: means}.
 
-    locations: only these, which may name `final_resid` too; by default all of `node_widths`.
+    `blocks` must hold no padding. `locations` limits the means to some locations, and may name
+    `final_resid` too; by default they are all of `SparseGPT.node_widths`. Sums are in float64.
+    Raises ValueError where there are no tokens.
 
     >>> from bridges import load_run
     >>> from sparse import node_means
@@ -55,9 +57,10 @@ def node_means(
 
 
 def save_means(folder: str | Path, means: Values, fingerprint: str) -> None:
-    """Write the node means of the model with this fingerprint into its folder, whole or not at all.
+    """Write the node means of the model with this fingerprint into the model's folder.
 
-    A hash of the values goes with them.
+    The file is written whole or not at all. It also records the fingerprint and a hash of the
+    values, which `load_means` checks.
     """
     values = {at: value.detach().cpu().contiguous() for at, value in means.items()}
     record = {"model_fingerprint": fingerprint, "sha256": _hash(values)}
@@ -67,10 +70,10 @@ def save_means(folder: str | Path, means: Values, fingerprint: str) -> None:
 def load_means(
     folder: str | Path, fingerprint: str | None = None
 ) -> dict[str, Float[Tensor, " _"]]:
-    """Read the node means from a sparse model's folder.
+    """Return the node means that `save_means` wrote into a sparse model's folder.
 
-    With `fingerprint`, means recorded for another model are a ValueError; files written before
-    means recorded their model are taken as they are.
+    With `fingerprint`, means of another model are a ValueError. An older file, which does not
+    record its model, is taken as it is. Raises ValueError where the file is missing or broken.
     """
     path = Path(folder) / MEANS_FILE
     if not path.is_file():
@@ -101,11 +104,12 @@ def ablation_values(
     who: str,
     final: bool = False,
 ) -> dict[str, Float[Tensor, " _"]]:
-    """Return the value of every node that is not kept, by location in forward order.
+    """Return the values at which nodes are held when they are not kept, {location: values}.
 
-    "zero" is 0 everywhere; "mean" is `means`, or what the model's own folder holds where `means` is
-    None. With `final` there is a value for `final_resid` too. Raises ValueError in the name of
-    `who` where there are no means, or not of this model's nodes.
+    The locations are in forward order. For kind "zero" the values are 0. For "mean" they are
+    `means`, or the means in the model's own folder where `means` is None. With `final` there are
+    values for `final_resid` too. Raises ValueError where there are no means, or none for some node;
+    `who` is the function that the message names.
     """
     widths = model.node_widths() | ({FINAL: model.d_resid} if final else {})
     if kind == "zero":
@@ -127,6 +131,7 @@ def ablation_values(
 
 
 def _hash(values: Values) -> str:
+    """Return a hash of the names, shapes, dtypes and values."""
     digest = hashlib.sha256()
     for at, value in sorted(values.items()):
         digest.update(f"{at} {tuple(value.shape)} {value.dtype}".encode())

@@ -1,6 +1,6 @@
-"""What a circuit answers: the logits of a model all but some of whose nodes are held still.
+"""The logits of a circuit: those of its model while all other nodes are held at constants.
 
-This is the one pass that pruning, reports and released circuits share.
+Pruning, reports and released circuits all score a circuit by these functions.
 """
 
 from __future__ import annotations
@@ -17,10 +17,13 @@ from .mask import Values, masked
 def last_logits(
     model: SparseGPT, batch: TaskBatch, ids: Int[Tensor, "prompt pos"] | None = None
 ) -> Float[Tensor, "prompt vocab"]:
-    """Return the logits at the scored position of every prompt, of `ids` instead if given.
+    """Return the logits at the scored position of every prompt of `batch`.
 
-    Only those positions are unembedded, and the last layer is run at those alone
-    (`SparseGPT.last_logits`), so `edited` and `recorded` see (prompt, 1, width) there.
+    `ids`, if given, are run in the place of the batch's prompts, at the same positions. To save
+    time, only the scored positions are unembedded, and in the last layer the query of attention
+    and all that follows it are run at those alone (`SparseGPT.last_logits`). So in the last layer
+    `edited` and `recorded` see (prompt, 1, width) at attn.q, attn.resid_delta and the MLP's
+    locations, and every position at attn.act_in, attn.k and attn.v.
 
     >>> from bridges import load_run
     >>> from sparse import get_task, last_logits
@@ -35,12 +38,13 @@ def last_logits(
 def circuit_logits(
     model: SparseGPT, batch: TaskBatch, keep: Values, ablation: Values
 ) -> Float[Tensor, "prompt vocab"]:
-    """Return the logits at the scored positions when the nodes not in `keep` are ablated.
+    """Return the logits at the scored positions while the nodes that are not kept are ablated.
 
         x <- m x + (1 - m) mu,      m = keep[location], mu = ablation[location]
 
-    `keep` is what `Circuit.masks()` returns; its complement asks what the rest of the model does.
-    Gradients reach a float `keep`.
+    `keep` holds one mask per location, as `Circuit.masks()` returns them. With the complement of
+    these masks, the logits are those of the model without the circuit. Gradients reach a float
+    `keep`.
     """
     with masked(model, keep, ablation):
         return last_logits(model, batch)

@@ -34,9 +34,10 @@ def edited(model: SparseGPT, edits: Edits) -> Iterator[None]:
 def recorded(
     model: SparseGPT, locations: list[str] | None = None
 ) -> Iterator[dict[str, Float[Tensor, "batch pos width"]]]:
-    """Yield a dict that each forward fills with the value at every location (all by default).
+    """Yield a dict that each forward pass fills with the value at every location in `locations`.
 
-    Opened inside `edited`, it sees the edited values; gradients flow through what it holds.
+    By default these are all of `SparseGPT.node_widths`. Opened inside `edited`, it sees the edited
+    values. The values are part of the graph, so gradients flow through them.
     """
     values: dict[str, Tensor] = {}
 

@@ -23,15 +23,19 @@ class SparseGPTRMSNorm(nn.RMSNorm):
     """RMSNorm with a gain and no bias (the name tells transformers to initialise the gain to 1)."""
 
     def forward(self, x: Tensor) -> Tensor:
+        # torch's own norm is one kernel on CUDA; on a CPU it is many, which also keep x / rms
         if x.device.type != "cpu" or x.dtype != self.weight.dtype:
-            return super().forward(x)  # one kernel on CUDA; on a CPU many, which keep x / rms too
+            return super().forward(x)
         return _RMSNorm.apply(x, self.weight, self.eps)  # pyright: ignore[reportReturnType]
 
 
 class _RMSNorm(torch.autograd.Function):
-    """y = x r w with r = (mean x^2 + eps)^-1/2; keeps x and r alone.
+    """RMSNorm for the CPU, with a backward pass of its own.
 
-    dw = sum_t r dy x,    dx = r w dy - x r^3 mean(w dy x)
+        y  = x r w,    r = (mean x^2 + eps)^-1/2
+        dw = sum_t r dy x,    dx = r w dy - x r^3 mean(w dy x)
+
+    Besides the gain w, only x and r are kept for the backward pass. t runs over all vectors.
     """
 
     @staticmethod
@@ -45,7 +49,7 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx, dy: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, r, w = ctx.saved_tensors
         dy_x, dw = dy * x, None
-        with torch.autocast("cpu", enabled=False):  # its products would be rounded to bf16
+        with torch.autocast("cpu", enabled=False):  # autocast would round the products to bf16
             if ctx.needs_input_grad[1]:
                 dw = dy_x.flatten(0, -2).t() @ r.flatten()
             if not ctx.needs_input_grad[0]:
@@ -66,7 +70,7 @@ def make_norm(config: SparseGPTConfig, width: int) -> nn.Module:
 
 
 class FixedPositions(nn.Module):
-    """A position table that is not trained: the sinusoids it starts as, or what was loaded."""
+    """A position table that is not trained: it holds sinusoids, or what a loaded file has there."""
 
     weight: Tensor
 
@@ -79,7 +83,7 @@ class FixedPositions(nn.Module):
 
 
 def sinusoids(n_pos: int, width: int) -> Float[Tensor, "pos width"]:
-    """Return sines, then cosines, of h = width // 2 log-spaced periods.
+    """Return a position table: the sines, then the cosines, of h = width // 2 log-spaced periods.
 
         p_j = 4 (max(n_pos, 4) / 4)^(j / (h - 1)),    e_t = [sin(2 pi t / p), cos(2 pi t / p)]
 
@@ -94,11 +98,18 @@ def sinusoids(n_pos: int, width: int) -> Float[Tensor, "pos width"]:
 
 
 class SparseGPTWrite(nn.Linear):
-    """The matrix with which a sublayer writes to the residual stream; it starts smaller."""
+    """The matrix with which a sublayer writes to the residual stream (W_o or W_proj).
+
+    It is a class of its own because its entries start smaller than those of other matrices
+    (docs/method.md#initialisation).
+    """
 
 
 class Attention(nn.Module):
-    """Causal attention that reads, mixes and writes few channels."""
+    """Causal attention, with AbsTopK on what it reads, on q, k and v, and on what it writes.
+
+    These are its node locations: `act_in`, `q`, `k`, `v` and `resid_delta`.
+    """
 
     def __init__(self, config: SparseGPTConfig, layer_idx: int) -> None:
         super().__init__()
@@ -117,10 +128,12 @@ class Attention(nn.Module):
         self.resid_delta = AbsTopK(config.hidden_size, config.k("attn_out"))
 
     def forward(self, x: Tensor, attention_mask=None, past_key_values=None, at=None, **kwargs):
-        """Return what attention writes (batch pos d_resid), and its weights where eager.
+        """Return what attention writes, (batch pos d_resid), and the attention weights.
 
-        With `at`, one position of every row, only that query is run: (batch 1 d_resid). The
-        attention mask must then be that query's, (batch 1 1 pos).
+        The weights are None unless the form of attention that computes them runs
+        (`sparse.ops.attention_sink.eager_sink`). With `at`, one position for every row, only the
+        query at that position is run and (batch 1 d_resid) is returned; the attention mask must
+        then be the one of that query, (batch 1 1 pos).
         """
         x = self.act_in(x)
         q, k, v = self.qkv(x).chunk(3, dim=-1)
@@ -144,7 +157,10 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """A feed-forward layer that reads, uses and writes few channels."""
+    """A feed-forward layer, with AbsTopK on what it reads, on its neurons, and on what it writes.
+
+    These are its node locations: `act_in`, `post_act` and `resid_delta`.
+    """
 
     def __init__(self, config: SparseGPTConfig) -> None:
         super().__init__()
@@ -182,10 +198,16 @@ class Block(GradientCheckpointingLayer):
         self.mlp = MLP(config)
 
     def attend(self, z: Tensor, positions: Tensor | None = None, at=None, **call) -> Tensor:
+        """Return the residual after the attention sublayer, from `z` before it.
+
+        `positions` are concatenated position channels. With `at`, one position for every row, only
+        the residual there is returned, (batch 1 d_resid).
+        """
         u = _beside(self.norm_1(z), self.norm_p1, positions)
         return self._settle(picked(z, at) + self.attn(u, at=at, **call)[0], self.k_attn)
 
     def think(self, z: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Return the residual after the MLP sublayer, from `z` before it."""
         u = _beside(self.norm_2(z), self.norm_p2, positions)
         return self._settle(z + self.mlp(u), self.k_mlp)
 
@@ -193,7 +215,10 @@ class Block(GradientCheckpointingLayer):
         return self.think(self.attend(hidden_states, positions, **call), positions)
 
     def _settle(self, z: Tensor, k: int) -> Tensor:
-        """What becomes of the residual after an addition: nothing, in every model we train."""
+        """Return the residual after the ReLU and AbsTopK that a config may ask for.
+
+        By default both are off and `z` is returned. Some released models have them.
+        """
         return abs_topk(torch.relu(z) if self.relu else z, k)
 
 
@@ -205,7 +230,7 @@ def picked(
 
 
 def _beside(u: Tensor, norm: nn.Module | None, positions: Tensor | None) -> Tensor:
-    """The read channels: `u`, and the normed position channels beside it."""
+    """Return what a sublayer reads: `u`, and concatenated positions, if any, after their norm."""
     if norm is None:
         return u
     return torch.cat([u, norm(positions).expand(*u.shape[:-1], -1)], dim=-1)

@@ -1,4 +1,7 @@
-"""The shape of a weight-sparse GPT."""
+"""`SparseGPTConfig`, the architecture of a weight-sparse GPT, and the names of its locations.
+
+gpt.py has the equations that the fields belong to.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,8 @@ LOCATIONS = (  # the node locations of a layer in forward order (docs/method.md#
     "mlp.post_act",
     "mlp.resid_delta",
 )
-FINAL = "final_resid"  # the last residual, which some released circuits hold too (gpt.py)
-TOPK_LOCATIONS = (  # the authors' names for the places AbsTopK acts at
+FINAL = "final_resid"  # the last residual before its norm; some released circuits have nodes there
+TOPK_LOCATIONS = (  # the authors' names for the places where AbsTopK acts by default
     "attn_in",
     "attn_q",
     "attn_k",
@@ -28,25 +31,33 @@ TOPK_LOCATIONS = (  # the authors' names for the places AbsTopK acts at
     "mlp_neuron",
     "mlp_out",
 )
-RESIDUAL_TOPK = ("resid_post_attn", "resid_post_mlp")  # ... and can act at: the residual itself
-CHOICES = {
+RESIDUAL_TOPK = ("resid_post_attn", "resid_post_mlp")  # where it can act too: the residual itself
+CHOICES = {  # the values that a field may have
     "activation": ("gelu", "relu"),
     "residual_activation": ("identity", "relu"),
     "norm": ("rms", "layer"),
     "positions": ("none", "learned", "concatenated"),
     "position_init": ("normal", "zero"),
 }
+# Fields that must be true or false.
 FLAGS = ("attention_sinks", "linear_bias", "norm_bias", "logits_bias", "position_sinusoids")
 FLAGS += ("position_dropout", "bigram_table", "bigram_fixed", "bigram_freeze_last")
+# Fields that do not change what given weights compute in evaluation: not part of `architecture`.
 TRAINING_ONLY = ("use_cache", "initializer_range", "dropout", "position_dropout")
 TRAINING_ONLY += ("position_init", "position_sinusoids", "bigram_fixed", "bigram_freeze_last")
+# Fields that came later than the others: part of `architecture` only where not at their default.
 LATER = ("norm", "norm_bias", "layer_norm_eps", "linear_bias", "residual_activation")
 LATER += ("position_channels", "logits_bias")
 
 
-@no_type_check  # Hugging Face's __init__ takes any keyword; a checker of its signature takes fewer
+# no_type_check: Hugging Face's __init__ takes any keyword; a checker of its signature takes fewer
+@no_type_check
 class SparseGPTConfig(PreTrainedConfig):
-    """A SparseGPT's architecture. Densities belong to the training, not to the model."""
+    """The architecture of a SparseGPT.
+
+    How sparse its weights are is not part of it: densities belong to the training
+    (`sparse.training.sparsity.SparsityConfig`).
+    """
 
     model_type = "sparse_gpt"
     keys_to_ignore_at_inference = ["past_key_values"]
@@ -57,59 +68,63 @@ class SparseGPTConfig(PreTrainedConfig):
     num_hidden_layers: int = 2
     num_attention_heads: int = 16
     head_dim: int = 16
-    """Width of one head; heads times head_dim need not be hidden_size."""
+    """Width of one head; num_attention_heads * head_dim need not be hidden_size."""
     intermediate_size: int = 1024
     """Neurons of one MLP."""
     max_position_embeddings: int = 1024
-    """Rows of the position table, where there is one; without one no length is refused."""
+    """Rows of the position table. Without a table, a text may have any length."""
     activation: str = "gelu"
-    """The MLP's: "gelu" (the exact erf form) or "relu"."""
+    """Activation function of the MLP: "gelu" (the exact erf form) or "relu"."""
     activation_fraction: float = 0.25
     """Share of entries that AbsTopK keeps at `activation_locations`, in (0, 1]; 1 keeps all."""
     activation_locations: list[str] | tuple[str, ...] = TOPK_LOCATIONS
-    """Where AbsTopK acts: names from TOPK_LOCATIONS, and from RESIDUAL_TOPK, which are applied to
-    the residual after a sublayer's addition and are no node locations."""
+    """Where AbsTopK acts: names from TOPK_LOCATIONS and RESIDUAL_TOPK. The latter mean the residual
+    itself, after a sublayer's addition; they are not node locations."""
     attention_sinks: bool = True
-    """A learned logit per head in the softmax denominator."""
+    """Whether each head has a learned logit in its softmax denominator
+    (docs/method.md#attention-with-sinks)."""
     bigram_table: bool = False
-    """A dense vocab x vocab table whose row of the current token is added to the logits."""
+    """Whether there is a dense vocab x vocab table, of which the row of the current token is added
+    to the logits."""
     bigram_fixed: bool = False
-    """The table is a buffer that starts at zero, not a learned parameter."""
+    """Whether the bigram table is a buffer that starts at zero, and not a learned parameter."""
     bigram_freeze_last: bool = False
-    """The table's last row (end-of-text) gets no gradient, as in the authors' lookup."""
+    """Whether the bigram table's last row (end-of-text) gets no gradient, as in the authors'
+    lookup."""
     positions: str = "none"
-    """"learned": a table added to the embeddings. "concatenated": channels beside the residual that
-    sublayers read and never write; they widen the input of W_qkv and W_fc
-    (docs/method.md#positions)."""
+    """How positions enter. "none": by the causal mask alone. "learned": a table added to the
+    embeddings. "concatenated": channels beside the residual that sublayers read and never write;
+    they widen the input of W_qkv and W_fc (docs/method.md#positions)."""
     position_init: str = "normal"
-    """How a "learned" table starts: "normal", N(0, initializer_range^2), or "zero", from where it
-    trains too, as in the authors' script."""
+    """How a "learned" table starts: "normal", N(0, initializer_range^2), or "zero", as in the
+    authors' script. It is trained either way."""
     position_channels: int = 0
     """Width of concatenated positions; 0 otherwise."""
     position_sinusoids: bool = False
-    """The concatenated table is a buffer of sinusoids, periods log-spaced from 4 to the number of
-    rows, not a learned parameter."""
+    """Whether the concatenated table is a buffer of sinusoids, and not a learned parameter. Their
+    periods are log-spaced from 4 to the number of rows (`sparse.model.blocks.sinusoids`)."""
     position_dropout: bool = False
-    """Dropout also acts on concatenated positions."""
+    """Whether dropout also acts on concatenated positions."""
     norm: str = "rms"
-    """"rms" (a gain only) or "layer" (mean subtracted too)."""
+    """The norm before each sublayer and the unembedding: "rms" (a gain only) or "layer" (the mean
+    is subtracted too)."""
     norm_bias: bool = False
-    """A bias after the gain; layer norms only."""
+    """Whether norms have a bias after the gain; for layer norms only."""
     rms_norm_eps: float = 2.0**-23
     layer_norm_eps: float = 1e-5
     linear_bias: bool = True
-    """Biases of W_qkv, W_o, W_fc, W_proj. The unembedding has none."""
+    """Whether W_qkv, W_o, W_fc and W_proj have biases. The unembedding never has one."""
     residual_activation: str = "identity"
-    """Applied to the residual after each sublayer's addition: "identity" or "relu"."""
+    """Function applied to the residual after each sublayer's addition: "identity" or "relu"."""
     logits_bias: bool = False
-    """A fixed vector (a buffer that starts at zero) added to the logits."""
+    """Whether a fixed vector (a buffer that starts at zero) is added to the logits."""
     dropout: float = 0.0
-    """Probability in [0, 1), in training: after the embeddings, on attention weights, and on what
-    each sublayer writes, before AbsTopK."""
+    """Probability of dropout, in [0, 1). In training it acts after the embeddings, on attention
+    weights, and on what each sublayer writes, before AbsTopK."""
     initializer_range: float = 0.02
     use_cache: bool = True
     tie_word_embeddings: bool = False
-    """The unembedding is the embedding, one matrix."""
+    """Whether embedding and unembedding are one matrix."""
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
@@ -174,7 +189,7 @@ class SparseGPTConfig(PreTrainedConfig):
 
     @property
     def read_width(self) -> int:
-        """Width of what a sublayer reads: the residual, and concatenated positions beside it."""
+        """Width of what a sublayer reads: the residual and any concatenated positions."""
         return self.hidden_size + self.position_channels
 
     def width(self, location: str) -> int:
@@ -186,17 +201,21 @@ class SparseGPTConfig(PreTrainedConfig):
         return self.intermediate_size if location == "mlp_neuron" else self.hidden_size
 
     def k(self, location: str) -> int:
-        """Return how many entries AbsTopK keeps, floor(fraction * width) where it acts."""
+        """Return how many entries AbsTopK keeps at one of its places.
+
+        k = max(1, floor(activation_fraction * width)) where it acts, else the width
+        """
         width = self.width(location)
         if location not in self.activation_locations:
             return width
         return max(1, floor(self.activation_fraction * width))
 
     def architecture(self) -> dict[str, Any]:
-        """Return the fields that decide what the weights mean.
+        """Return the fields that decide what the weights compute.
 
-        Fields that came later are left out at their default, where they change nothing, so that a
-        model has the fingerprint it always had.
+        They are part of a model's fingerprint. Fields that this library got later (LATER) are left
+        out where they have their default, which changes nothing, so that older models keep the
+        fingerprint they had.
         """
         cls = SparseGPTConfig
         names = [n for n in cls.__annotations__ if not n.endswith("_token_id")]

@@ -17,8 +17,9 @@ is not among the nodes of `node_widths`. With concatenated positions p, u is Abs
 norm_p(p)]) and an act_in has position_channels more nodes. The remaining variants of the released
 models (layer norms, relu or AbsTopK on z, dropout, tied or biased logits) are fields of the config.
 
-One forward serves training, hybrid tails, masks, means and interventions: all of them call
-`Block.attend` and `Block.think`, and reach a node location by its module.
+One forward serves training, hybrid passes (those that begin in another model), masks, means and
+interventions: all of them call `Block.attend` and `Block.think`, and reach a node location by its
+module (`SparseGPT.node`).
 """
 
 from __future__ import annotations
@@ -76,9 +77,10 @@ class SparseGPT(ResidualAccess, GenerationMixin):
             init.zeros_(self.logits_bias)
 
     def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, **kwargs):  # pyright: ignore
-        """Resize as in Hugging Face; new rows are dense until projected. No table may be per token.
+        """Resize the vocabulary as in Hugging Face and return the new embedding.
 
-        Raises ValueError for a model whose bigram table or logit biases belong to its vocabulary.
+        New rows are dense until the next projection. Raises ValueError for a model with a bigram
+        table or logit biases, which have entries per token that would not be resized.
         """
         asked = new_num_tokens is not None or pad_to_multiple_of is not None
         if asked and (self.bigram is not None or self.logits_bias is not None):
@@ -101,7 +103,10 @@ class SparseGPT(ResidualAccess, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs,
     ) -> CausalLMOutputWithPast:
-        """Hugging Face's forward; `loss` is the mean cross entropy in nats per predicted token."""
+        """Return logits and the rest of Hugging Face's output; the arguments are those there.
+
+        With `labels`, `loss` is the mean cross entropy in nats per predicted token.
+        """
         out = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -143,8 +148,8 @@ class SparseGPT(ResidualAccess, GenerationMixin):
     def compile_sublayers(self, **options: Any) -> Iterator[None]:
         """Run every sublayer through `torch.compile(**options)` while the context is open.
 
-        Parameters keep their names and `state_dict` what it holds. Numbers are those of the
-        backend: bit for bit with `backend="aot_eager"`, to rounding with inductor.
+        Parameters keep their names, and `state_dict` returns what it did. Results are the same bit
+        for bit with `backend="aot_eager"`, and up to rounding with inductor.
 
         >>> model = SparseGPT(SparseGPTConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1))
         >>> with model.compile_sublayers(backend="eager"):
@@ -156,7 +161,7 @@ class SparseGPT(ResidualAccess, GenerationMixin):
             yield
 
     def node_widths(self) -> dict[str, int]:
-        """Return every node location and how many nodes it has, in forward order."""
+        """Return {location: number of nodes} for every node location, in forward order."""
         layers = range(self.config.num_hidden_layers)
         names = (f"{i}.{location}" for i in layers for location in LOCATIONS)
         return {name: self.node(name).width for name in names}

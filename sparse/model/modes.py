@@ -1,4 +1,4 @@
-"""Contexts in which a model runs in another mode; when they close it is as it was found."""
+"""Contexts that run a model in another mode and put it back into its own when they close."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def mode(model: nn.Module, *, training: bool) -> Iterator[None]:
 
 @contextmanager
 def still(model: nn.Module) -> Iterator[None]:
-    """Put `model` in evaluation mode, and let none of its parameters ask for a gradient."""
+    """Put `model` in evaluation mode with all its parameters frozen (no gradients for them)."""
     wanted = [p.requires_grad for p in model.parameters()]
     model.requires_grad_(False)
     try:
@@ -40,10 +40,11 @@ def still(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def compiled_sublayers(blocks: Iterable[Block], **options: Any) -> Iterator[None]:
-    """Run the sublayers of `blocks` through `torch.compile(**options)`; contexts nest.
+    """Run the sublayers of `blocks` through `torch.compile(**options)`; such contexts may nest.
 
-    One sublayer of all blocks is one code object, so the blocks share their graphs. A block says
-    that it is compiled (`sublayers_compiled`), so that who would replace its products keeps off.
+    `Block.attend` is one function for all blocks, and so is `Block.think`, so the blocks share the
+    compiled graphs. While the context is open, `sublayers_compiled` is true on every block, and
+    `sparse.ops.csr_linear.csr_products` leaves the matrix products of such a model alone.
     """
     changed = []
     for block in blocks:

@@ -1,13 +1,15 @@
-"""The residual stream of a weight-sparse GPT: read at every site, and run on from any.
+"""The residual stream of a weight-sparse GPT: read it at every site, run the model on from any.
 
-    residuals(ids)          [z_0 .. z_2L]
-    resume(s, z_s, ids)     the logits of the model run on from z_s
-    joined({s: z_s, ..})    the same for rows that enter at several sites, in one pass
-    last_logits(ids, t)     the logits at one position of every row, and no others
-    unembed(z_2L, ids)      the logits of last residuals
+    residuals(ids)                  [z_0 .. z_2L]
+    resume(s, z_s, ids)             the logits of the model run on from z_s
+    joined({s: z_s, ..}, {s: ids})  the last residuals of rows that enter at several sites, in one
+                                    pass
+    last_logits(ids, t)             the logits at one position of every row, and no others
+    unembed(z_2L, ids)              the logits of last residuals
 
-Site 0 is after the embeddings, 2i+1 after attention i, 2i+2 after MLP i (docs/method.md#sites). The
-head is the subclass's: gpt.py adds it.
+z_s is the residual at site s: site 0 is after the embeddings, 2i+1 after attention i, 2i+2 after
+MLP i (docs/method.md#sites). trunk.py computes the stream; gpt.py adds the head, which turns last
+residuals into logits.
 """
 
 from __future__ import annotations
@@ -24,9 +26,10 @@ from .trunk import SparseGPTModel, SparseGPTPreTrainedModel
 
 
 class ResidualAccess(SparseGPTPreTrainedModel):
-    """A trunk `model` with some head: its residual stream can be read and taken up again.
+    """A trunk `model` and a head that a subclass gives, with access to the residual stream.
 
-    Rows of one pass do not see each other: joined means in one kernel.
+    A row is one sequence. Rows that are joined in one pass share its kernels, but do not see each
+    other.
     """
 
     model: SparseGPTModel
@@ -35,7 +38,11 @@ class ResidualAccess(SparseGPTPreTrainedModel):
     def _head(
         self, normed: Tensor, ids: Tensor | None, keep: slice | Tensor = slice(None)
     ) -> Tensor:
-        """Return the logits of what `SparseGPTModel.finish` returns; `ids` are its tokens."""
+        """Return the logits for `normed`, which `SparseGPTModel.finish` returned.
+
+        `ids` are the tokens at its positions; with `keep`, those at all positions, of which `keep`
+        chooses the ones of `normed`.
+        """
 
     @property
     def vocab_size(self) -> int:
@@ -69,12 +76,13 @@ class ResidualAccess(SparseGPTPreTrainedModel):
         ids: Int[Tensor, "batch pos"],
         attention_mask: Tensor | None = None,
     ) -> Float[Tensor, "batch pos vocab"]:
-        """Return the logits of the model run on from residual `h` at `site`.
+        """Return the logits of the model when it runs on from residual `h` at `site`.
 
             resume(s, residuals(ids)[s], ids) = the logits of ids    for every site s
 
-        `ids` are the tokens `h` belongs to (for positions, padding and the bigram table). Nothing
-        before the site is computed. Raises ValueError for a site or a shape the model lacks.
+        `ids` are the tokens that `h` belongs to; the bigram table needs them. Nothing before the
+        site is computed. Raises ValueError for a site that is not there, or where the shape of `h`
+        does not fit `ids` and the model's width.
         """
         if not 0 <= site < self.n_sites:
             raise ValueError(f"SparseGPT.resume: site {site} is outside 0..{self.n_sites - 1}")
@@ -89,7 +97,10 @@ class ResidualAccess(SparseGPTPreTrainedModel):
     def unembed(
         self, h: Float[Tensor, "*any d_resid"], ids: Int[Tensor, "*any"]
     ) -> Float[Tensor, "*any vocab"]:
-        """Return the logits of residuals `h` at the last site, of any tokens in any shape."""
+        """Return the logits of residuals `h` at the last site.
+
+        `ids` are their tokens; both may have any leading shape, since no token sees another here.
+        """
         one = h.reshape(1, -1, h.shape[-1])  # one token d_resid
         return self._head(self.model.finish(one), ids.reshape(1, -1)).reshape(*ids.shape, -1)
 
@@ -98,8 +109,10 @@ class ResidualAccess(SparseGPTPreTrainedModel):
     ) -> Float[Tensor, "batch vocab"]:
         """Return the logits at position last[b] of every row b.
 
-        The last layer's query, all that follows it, and the unembedding are run at those positions
-        only, so that node values there are (batch, 1, width). Padding after them needs no mask.
+        In the last layer, the query of attention and all that follows it are run at those positions
+        only, and so is the unembedding. In that layer node values are (batch, 1, width), except at
+        attn.act_in, attn.k and attn.v, which are needed at every position before. Padding after
+        position last[b] needs no mask, since that position does not see it.
         """
         trunk, n_pos = self.model, ids.shape[1]
         z, call = trunk.prepare(trunk.wte(ids))
@@ -118,19 +131,20 @@ class ResidualAccess(SparseGPTPreTrainedModel):
         entries: Mapping[int, Float[Tensor, "_ _ d_resid"]],
         ids: Mapping[int, Int[Tensor, "_ _"]],
     ) -> dict[int, Float[Tensor, "_ _ d_resid"]]:
-        """Return, for every site s of `entries`, the residual z_2L of its rows run on from s.
+        """Return {s: last residuals z_2L of the rows that enter at site s} for s in `entries`.
 
-            unembed(joined({s: z_s, ..})[s], ids_s) = resume(s, z_s, ids_s)    for every site s
+            unembed(joined({s: z_s, ..}, {s: ids_s, ..})[s], ids_s) = resume(s, z_s, ids_s)
 
-        One pass serves all sites: the rows of site s, (rows_s, pos, d_resid), enter there and stay
-        to the end. Sites may differ in sequences and in number of rows, not in pos. Gradients flow
-        to every entry. Raises ValueError for entries that do not fit.
+        for every site s. One pass serves all sites: the rows entries[s], (rows_s, pos, d_resid),
+        enter it at site s and stay to the end. Sites may differ in their sequences and in the
+        number of rows, but not in pos. Gradients flow to every entry. Raises ValueError for a site
+        that is not there and for shapes that do not fit.
         """
         if not entries:
             return {}
         self._check_entries(entries, ids)
         first = entries[min(entries)]
-        call = self.model.context(first[:1])  # a mask of one row serves them all
+        call = self.model.context(first[:1])  # the mask of one row serves all rows
         return self._grow(first[:0], call, entries)[1]
 
     def residuals_and_joined(
@@ -165,7 +179,11 @@ class ResidualAccess(SparseGPTPreTrainedModel):
     def _grow(
         self, z: Tensor, call: dict, entries: Mapping[int, Tensor]
     ) -> tuple[list[Tensor], dict[int, Tensor]]:
-        """Run `z` from site 0, letting entries in; the residuals of its rows, and where all end."""
+        """Run `z` on from site 0, and let the rows of `entries` in at their sites.
+
+        Returns the residuals of the rows of `z` at every site, and {s: last residuals of the rows
+        that entered at s}.
+        """
         n, sites = len(z), sorted(entries)
         seen = []
         for s in range(self.n_sites):
@@ -182,7 +200,9 @@ class ResidualAccess(SparseGPTPreTrainedModel):
     def _check_entries(
         self, entries: Mapping[int, Tensor], ids: Mapping[int, Tensor], n_pos: int | None = None
     ) -> None:
-        """Raise unless every entry has a site, its ids, and the positions of the others."""
+        """Raise ValueError unless every entry has a site of the model, ids of its shape, and as
+        many positions as the others (and as `n_pos`, where given).
+        """
         for s, h in entries.items():
             if not 0 <= s < self.n_sites:
                 raise ValueError(f"SparseGPT.joined: site {s} is outside 0..{self.n_sites - 1}")
@@ -203,7 +223,10 @@ class ResidualAccess(SparseGPTPreTrainedModel):
 
 
 class _Joined(torch.autograd.Function):
-    """[z; entry], and the first n rows of z copied: a view of them would keep all of z alive."""
+    """Return a copy of the first n rows of z, and [z; entry].
+
+    The rows are copied because a view of them would keep all of z in memory.
+    """
 
     @staticmethod
     def forward(ctx, z: Tensor, n: int, entry: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """The trunk of a weight-sparse GPT: embeddings, blocks and the final norm (gpt.py adds the head).
 
-The glossary of shapes, sites and nodes stands in gpt.py.
+gpt.py explains shapes, sites and nodes.
 """
 
 from __future__ import annotations
@@ -38,7 +38,10 @@ class SparseGPTPreTrainedModel(SavedModel):
     _can_record_outputs = {"hidden_states": Block, "attentions": Attention}
 
     def _check_and_adjust_attn_implementation(self, attn_implementation, *args, **kwargs):
-        """Refuse what would drop the sinks or was never compared with the two forms here."""
+        """Raise ValueError for a form of attention that would ignore the sinks.
+
+        Only "sdpa" and "eager" are known to have them (`sparse.ops.attention_sink`).
+        """
         name = attn_implementation or ""
         if "/" in name or name.startswith(("flash_attention", "flex_attention", "paged|")):
             raise ValueError(
@@ -50,11 +53,14 @@ class SparseGPTPreTrainedModel(SavedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Draw N(0, 0.02^2), a layer's two writing matrices from N(0, (0.02/sqrt(2L))^2).
+        """Initialise the weights of one module in place.
 
-        The rule is that of docs/method.md#initialisation.
+            W_o, W_proj             N(0, (initializer_range / sqrt(2L))^2)
+            other weights           N(0, initializer_range^2), 0.02 by default
+            biases, sink logits     0
 
-        transformers calls this for modules with parameters of their own, and for no others.
+        (docs/method.md#initialisation.) transformers calls this for modules that have parameters or
+        buffers of their own, and for no others.
         """
         super()._init_weights(module)
         if isinstance(module, SparseGPTWrite):
@@ -89,10 +95,11 @@ class SparseGPTModel(SparseGPTPreTrainedModel):
         super()._init_weights(module)
         learned = module if isinstance(module, nn.Embedding) and module is self.wpe else None
         if learned is not None and self.config.position_init == "zero":
-            init.zeros_(learned.weight)  # drawn first, so that all other weights stay as they were
+            # `super` has drawn it all the same, so that the draws of all other weights do not shift
+            init.zeros_(learned.weight)
 
     def prepare(self, inputs_embeds: Tensor, attention_mask=None, position_ids=None, past=None):
-        """The residual at site 0, and what every block is called with beside it."""
+        """Return the residual at site 0, and the other arguments of every block (`context`)."""
         z = inputs_embeds
         if self.wpe is not None and not self.beside:
             mine = _positions(z, attention_mask, past) if position_ids is None else position_ids
@@ -100,13 +107,18 @@ class SparseGPTModel(SparseGPTPreTrainedModel):
         return self._drop(z), self.context(inputs_embeds, attention_mask, position_ids, past)
 
     def context(self, z: Tensor, attention_mask=None, position_ids=None, past=None):
-        """What every block is called with beside its residual; of `z` only the shape matters."""
+        """Return the arguments that every block gets besides its residual.
+
+        They are the concatenated positions, the attention mask and the cache (`past`). Of `z` only
+        shape, dtype and device matter.
+        """
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=z,
             attention_mask=attention_mask,
             past_key_values=past,
-            position_ids=position_ids,  # only given ones are searched for packing, on the host
+            # only ids that the caller gave: transformers searches them on the host for packed texts
+            position_ids=position_ids,
         )
         positions = None
         if self.beside:
@@ -116,13 +128,14 @@ class SparseGPTModel(SparseGPTPreTrainedModel):
         return {"positions": positions, "attention_mask": mask, "past_key_values": past}
 
     def finish(self, z: Tensor) -> Tensor:
-        """What the unembedding reads."""
+        """Return the norm of the last residual, which the unembedding reads."""
         return self.norm(self.final_resid(z))
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.config.dropout, self.training)
 
     def _rows(self, position_ids: Tensor, z: Tensor, past) -> Tensor:
+        """Return the rows of the position table; raise ValueError where it has too few."""
         assert self.wpe is not None
         limit = len(self.wpe.weight)  # pyright: ignore[reportArgumentType]
         if not torch.compiler.is_compiling() and _n_seen(past) + z.shape[1] > limit:
@@ -160,12 +173,12 @@ class SparseGPTModel(SparseGPTPreTrainedModel):
 
 
 def _n_seen(past) -> int:
-    # a static cache says it in a tensor
+    # int: a static cache gives its length as a tensor
     return int(past.get_seq_length()) if past is not None else 0
 
 
 def _positions(embeds: Tensor, attention_mask, past) -> Tensor:
-    """Position of every token: from 0, left padding not counted."""
+    """Return the position of every token, counted from 0 without padding on the left."""
     n = embeds.shape[1]
     if attention_mask is not None and attention_mask.ndim == 2:
         return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -n:]

@@ -2,13 +2,15 @@
 
     y_i = x_i  if i is among the first k by (|x| descending, index ascending), else +0
 
-|x| is ordered by its bits without the sign, which is the order of the numbers; a NaN is above
-infinity, so that it is kept and seen rather than dropped. `kept_reference` is the definition. The
-same entries are found from the k-th magnitude, by numpy on a CPU, by a Triton kernel on CUDA
-(abs_topk_cuda.py) and by `kept_threshold` elsewhere; all give the same bits.
+|x| is ordered by its bits without the sign, which have the order of the numbers. A NaN is above
+infinity in this order, so that it is kept, and can be seen, rather than dropped. `kept_reference`
+is the definition. The implementations find the k-th magnitude and keep what is above it: numpy on a
+CPU (abs_topk_cpu.py), a Triton kernel on CUDA (abs_topk_cuda.py) and `kept_threshold` elsewhere.
+All give the same bits.
 
-The gradient needs nothing but y, which whoever reads y keeps anyway: it reaches the entries where
-y is not 0, and all entries of a vector whose y has fewer than k of them.
+The gradient reaches the entries where y is not 0, and all entries of a vector whose y has fewer
+than k nonzeros. So the backward pass needs only y. That costs no memory, because the next layer
+keeps y for its own backward pass anyway.
 """
 
 from __future__ import annotations
@@ -30,10 +32,11 @@ def abs_topk(x: Float[Tensor, "*batch d"], k: int) -> Float[Tensor, "*batch d"]:
 
         y_i = x_i  if |x_i| is one of the k largest in |x|, else 0
 
-    Exactly k entries are kept; equal magnitudes go to the lowest index. The gradient reaches the
-    kept entries; where fewer than k entries of a vector are nonzero nothing is dropped, y = x, and
-    the gradient is the identity (otherwise index order would decide which zero may grow). Raises
-    ValueError for k outside 1..d and for a dtype that is not float64, float32, bfloat16, float16.
+    Exactly k entries are kept; of equal magnitudes, those of lowest index are. The gradient reaches
+    the kept entries. Where fewer than k entries of a vector are nonzero, nothing is dropped, y = x,
+    and the gradient is the identity; if it only reached the k chosen entries, index order would
+    decide which zeros may grow. Raises ValueError for k outside 1..d and for a dtype that is not
+    float64, float32, bfloat16 or float16.
 
     >>> import torch
     >>> from sparse import abs_topk
@@ -49,13 +52,16 @@ def abs_topk(x: Float[Tensor, "*batch d"], k: int) -> Float[Tensor, "*batch d"]:
 
 
 def kept_reference(x: Float[Tensor, "*batch d"], k: int) -> Bool[Tensor, "*batch d"]:
-    """Mark the first k entries by (|x| descending, index ascending): the definition."""
+    """Mark the first k entries by (|x| descending, index ascending); this is the definition."""
     order = magnitude(x).argsort(dim=-1, descending=True, stable=True)[..., :k]
     return torch.zeros_like(x, dtype=torch.bool).scatter(-1, order, True)
 
 
 def kept_threshold(x: Float[Tensor, "*batch d"], k: int) -> Bool[Tensor, "*batch d"]:
-    """Mark the same entries from the k-th magnitude t, on any device and without a host sync."""
+    """Mark the same entries, found from the k-th magnitude t.
+
+    It runs on any device and does not make the host wait for the device.
+    """
     a = magnitude(x)
     t = a.topk(k, dim=-1).values[..., -1:]
     above, tied = a > t, a == t
@@ -79,7 +85,10 @@ def _backward(grad: Tensor, y: Tensor, k: int) -> Tensor:
 
 @cache
 def _kernels():
-    """The Triton kernels, imported when the first CUDA tensor comes; None without triton."""
+    """Return the module of Triton kernels, or None without triton.
+
+    It is imported when the first CUDA tensor comes, so that a CPU needs no triton.
+    """
     return import_module(".abs_topk_cuda", __package__) if find_spec("triton") else None
 
 
@@ -94,7 +103,10 @@ def _backward_cuda(grad: Tensor, y: Tensor, k: int) -> Tensor:
 
 
 def _declare() -> None:
-    """Make abs_topk and its backward operators of torch: opaque to a compiler, one per device."""
+    """Register abs_topk and its backward as operators of torch.
+
+    So torch.compile treats each as one operation, and each device gets its own implementation.
+    """
     torch.library.define("sparse_bridges::abs_topk", "(Tensor x, int k) -> Tensor")
     torch.library.define(
         "sparse_bridges::abs_topk_backward", "(Tensor grad, Tensor y, int k) -> Tensor"
@@ -135,7 +147,11 @@ _declare()
 
 
 class AbsTopK(nn.Module):
-    """A node location: its output is the value of every node there. Keeps k of `width` entries."""
+    """AbsTopK as a module, which keeps k of `width` entries; each node location is one.
+
+    Its output holds the values of the nodes at the location, so a hook on it reads or replaces
+    them (`sparse.circuits.taps.edited`).
+    """
 
     def __init__(self, width: int, k: int) -> None:
         super().__init__()

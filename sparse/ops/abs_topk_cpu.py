@@ -1,6 +1,6 @@
 """AbsTopK on a CPU: numpy finds the k-th magnitude of every vector, a block of rows at a time.
 
-abs_topk.py holds the definition; both give the same bits.
+abs_topk.py holds the definition, of which this gives the same bits.
 """
 
 from __future__ import annotations
@@ -11,14 +11,15 @@ from torch import Tensor
 from .bits import BITS, BLOCK
 
 CHUNK = 256  # entries that numpy sorts in registers, on every processor with AVX2 or AVX512
-RUN = 16  # neighbours of a sorted chunk that are judged by their first and last alone
+RUN = 16  # neighbours in a sorted chunk of which `kth_largest` looks at the first and last alone
 
 
 def forward_cpu(x: Tensor, k: int) -> Tensor:
-    """Compare every block of rows with its k-th magnitudes.
+    """Return abs_topk(x, k): per block of rows, keep what is at or above the k-th magnitude.
 
-    Sixteen-bit magnitudes tie in most rows; as the upper half of a 32-bit key whose lower half
-    counts the index down, they do not.
+    Most rows of 16-bit floats have ties at the k-th magnitude. These are made rare by comparing
+    32-bit keys: the upper half is the magnitude, and the lower half counts down with the index, so
+    that of equal magnitudes the first is the largest key.
     """
     y = x.new_empty(x.shape)
     bits, out = _rows(x), _rows(y)
@@ -40,7 +41,7 @@ def forward_cpu(x: Tensor, k: int) -> Tensor:
 
 
 def _give_ties_to_the_lowest_index(kept: np.ndarray, a: np.ndarray, t: np.ndarray, k: int) -> None:
-    """Unmark, in place, the last of the entries equal to t until k are left in every row."""
+    """Unmark entries equal to t, last ones first, until k are marked in every row; in place."""
     rows = np.flatnonzero(np.count_nonzero(kept, axis=-1) != k)
     above, tied = a[rows] > t[rows], a[rows] == t[rows]
     places = k - np.count_nonzero(above, axis=-1)[:, None]
@@ -50,11 +51,17 @@ def _give_ties_to_the_lowest_index(kept: np.ndarray, a: np.ndarray, t: np.ndarra
 def kth_largest(a: np.ndarray, k: int) -> np.ndarray:
     """Return the k-th largest of every row of `a`, integers (rows, d) of 0 or more, as (rows, 1).
 
-    numpy partitions up to two chunks in registers; beyond, that is slow on processors that store
-    selected lanes slowly. There the row is sorted in chunks, and a chunk is cut into runs of
-    neighbours. Where j = ceil(k / RUN), j runs have their least entry at or above the j-th largest
-    least entry, hence k entries; fewer than j runs, hence fewer than k entries, go beyond the j-th
-    largest greatest entry. The answer lies between the two, and few runs reach in there.
+    numpy partitions up to two chunks in registers. Longer rows would be slow to partition on
+    processors that store selected lanes slowly, so they are sorted in chunks, and each sorted chunk
+    is cut into runs of RUN neighbours. Two numbers then enclose the answer. Let j = ceil(k / RUN):
+
+    - L, the j-th largest of the runs' least entries. All RUN entries of j runs are at least L;
+      these are k or more, so the answer is at least L.
+    - U, the j-th largest of the runs' greatest entries. Fewer than j runs have an entry above U;
+      these hold fewer than k entries, so the answer is at most U.
+
+    A run above U counts as a whole. Only the few runs that reach into L..U are looked at entry by
+    entry.
     """
     n, d = a.shape
     if d <= 2 * CHUNK:
@@ -78,12 +85,13 @@ def kth_largest(a: np.ndarray, k: int) -> np.ndarray:
 
 
 def _nth(a: np.ndarray, n: int) -> np.ndarray:
+    """Return the n-th largest of every row, (rows, 1)."""
     place = a.shape[-1] - n
     return np.partition(a, place, axis=-1)[:, place, None]
 
 
 def backward_cpu(grad: Tensor, y: Tensor, k: int) -> Tensor:
-    """What `passes_gradient` says, block by block."""
+    """Return `grad` at the entries that `passes_gradient(y, k)` marks, and 0 elsewhere."""
     out = grad.new_empty(grad.shape)
     bits, kept_bits, into = _rows(grad), _rows(y), _rows(out)
     drop_sign = bits.dtype.type(BITS[y.dtype][1])
@@ -96,7 +104,7 @@ def backward_cpu(grad: Tensor, y: Tensor, k: int) -> Tensor:
 
 
 def _rows(x: Tensor) -> np.ndarray:
-    """The bits of x as (rows, d), a view where the strides allow it."""
+    """Return the bits of x as (rows, d), a view where the strides allow it."""
     return x.detach().reshape(-1, x.shape[-1]).view(BITS[x.dtype][0]).numpy()
 
 

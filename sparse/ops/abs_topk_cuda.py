@@ -1,11 +1,13 @@
 """AbsTopK on CUDA: one Triton program per vector, which is read once and written once.
 
-    forward    t = the k-th magnitude, by counting; y = x where |x| > t, or = t and early enough
-    backward   dx = dy where y != 0, and everywhere where fewer than k entries of y are not 0
+    forward    t = the k-th magnitude, by counting; y = x where |x| > t, and at as many of the first
+               entries with |x| = t as make k
+    backward   dx = dy where y != 0, and everywhere in a vector with fewer than k nonzeros in y
 
-Both work on the bits, so that no rounding, denormal, signed zero or NaN can make a difference
-(abs_topk.py holds the definition). Sixteen-bit floats move 4 bytes per entry in the forward pass
-and 6 in the backward pass; no mask and no index is kept. Importing this module needs triton.
+Both work on the bits, so that rounding, denormals, signed zeros and NaN make no difference
+(abs_topk.py holds the definition). Of 16-bit floats 4 bytes per entry are moved in the forward pass
+and 6 in the backward pass, since neither a mask nor indices are kept. Importing this module needs
+triton.
 """
 
 from __future__ import annotations
@@ -17,12 +19,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 AS_INT = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
-MAX_WIDTH = 1 << 14  # entries of a vector: it stays in registers whole, and none is spilled
+MAX_WIDTH = 1 << 14  # most entries of a vector: up to here it fits into registers as a whole
 
 
 @triton.jit
 def _forward(X, Y, stride, d, k, MAGNITUDE: tl.constexpr, BLOCK: tl.constexpr):
-    """Find t by interpolating counts between lo and hi: count(a >= lo) >= k > count(a >= hi)."""
+    """Y = AbsTopK(X) for one row, given as integers.
+
+    t is enclosed between lo and hi with count(a >= lo) >= k > count(a >= hi), a = |x|. The next
+    number to try is interpolated from the two counts, and halves the range at every fourth step.
+    """
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
     x = tl.load(X + row * stride + i, mask=i < d, other=0)
@@ -48,7 +54,7 @@ def _forward(X, Y, stride, d, k, MAGNITUDE: tl.constexpr, BLOCK: tl.constexpr):
         n_hi = tl.where(enough, n_hi, n)
         step += 1
     kept = a >= lo
-    if n_lo != k:  # ties at t = lo: the first of them
+    if n_lo != k:  # several entries equal t = lo: keep the first of them
         tied = a == lo
         places = k - tl.sum((a > lo).to(tl.int32), 0)
         kept = (a > lo) | (tied & (tl.cumsum(tied.to(tl.int32), 0) <= places))
@@ -71,7 +77,7 @@ def fits(x: Tensor) -> bool:
 
 
 def forward(x: Float[Tensor, "*batch d"], k: int) -> Float[Tensor, "*batch d"]:
-    """Return abs_topk(x, k); rows may lie apart, as the thirds of a fused projection do."""
+    """Return abs_topk(x, k); the rows of x may lie apart, as q, k and v of one product do."""
     y = x.new_empty(x.shape)
     rows = _rows(x)
     if rows.stride(1) != 1:
@@ -91,7 +97,11 @@ def backward(
 
 
 def launch_options(x: Tensor) -> dict[str, int]:
-    """The constants a kernel is compiled for: the sign's mask, a power of two of width, warps."""
+    """Return the constants that a kernel is compiled for.
+
+    They are the mask that drops the sign, the least power of two that is at least the width, and
+    the number of warps.
+    """
     block = 1 << (x.shape[-1] - 1).bit_length()
     magnitude = 0x7FFFFFFF if x.dtype == torch.float32 else 0x7FFF
     return {"MAGNITUDE": magnitude, "BLOCK": block, "num_warps": max(block // 1024, 1)}
@@ -104,5 +114,5 @@ def _launch(kernel, n: int, arguments: tuple, x: Tensor, k: int) -> None:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """The bits of x as (rows, d)."""
+    """Return the bits of x as (rows, d)."""
     return x.detach().reshape(-1, x.shape[-1]).view(AS_INT[x.dtype])

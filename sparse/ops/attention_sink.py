@@ -2,10 +2,11 @@
 
     A_tu = exp(s_tu) / (exp(b_h) + sum_{w <= t} exp(s_tw)),    s_tu = q_t . k_u / sqrt(d_head)
 
-The sink logit b_h enters the softmax denominator only, unscaled
-(docs/method.md#attention-with-sinks). Three forms, equal
-within 1e-5: `flash_sink` (no T x T tensor), `masked_sink` (padded batches, cached generation,
-dropout) and `eager_sink` (returns the attention weights).
+The sink logit b_h, one learned number per head, enters the softmax denominator only and is not
+divided by sqrt(d_head) (docs/method.md#attention-with-sinks). Three functions compute this, with
+outputs equal within 1e-5: `flash_sink` (makes no T x T tensor), `masked_sink` (for padded batches,
+cached generation and dropout) and `eager_sink` (returns the attention weights too). `sdpa_sink`
+chooses among them.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ class Kernel(NamedTuple):
     """A causal flash attention of torch, forward and backward.
 
     forward(q, k, v, scale) returns the output o, lse (batch n_head pos_padded, the log-sum-exp of
-    the scores) and what else the backward pass wants; backward(dy, q, k, v, o, lse, scale, *else)
-    returns dq, dk, dv. Only o and lse say what the softmax was, so that other ones can be put in.
+    the scores) and whatever else the backward pass needs; backward(dy, q, k, v, o, lse, scale,
+    *else) returns dq, dk, dv. The backward pass knows the softmax only by o and lse, so those of
+    another softmax can be passed to it (`_FlashSink`).
     """
 
     forward: Callable[..., tuple[Tensor, ...]]
@@ -60,7 +62,7 @@ def _flash_backward(dy, q, k, v, o, lse, scale, seed, offset):
 
 
 def _efficient(q, k, v, scale):
-    """Its lse is padded to a multiple of 32 positions, with infinities."""
+    """Run the memory-efficient kernel; it pads lse with infinities to 32 n positions."""
     return torch.ops.aten._scaled_dot_product_efficient_attention(
         q, k, v, None, True, 0.0, True, scale=scale
     )
@@ -83,7 +85,10 @@ FLASH_MAX_HEAD = 256
 
 
 def kernel_for(q: Float[Tensor, "batch n_head pos d_head"]) -> str | None:
-    """Name the flash kernel for queries of this device, dtype and head; None where none is."""
+    """Return the name in KERNELS of the kernel for queries like `q`; None where there is none.
+
+    It depends on their device, dtype and d_head.
+    """
     half = q.dtype in (torch.bfloat16, torch.float16)
     match q.device.type:
         case "cpu" if half or q.dtype in (torch.float32, torch.float64):
@@ -96,10 +101,11 @@ def kernel_for(q: Float[Tensor, "batch n_head pos d_head"]) -> str | None:
 
 
 class _FlashSink(torch.autograd.Function):
-    """softmax with a sink = flash output scaled by share = sigmoid(lse - b).
+    """Attention with a sink from attention without: y = o * share, share = sigmoid(lse - b).
 
-    Its exact backward is the flash backward itself, given lse' = logaddexp(lse, b) and the scaled
-    output y; the sink's gradient is -sum over tokens of (1 - share) * <dy, y>.
+    o is the flash output and lse the log-sum-exp of its scores. The exact backward pass is that of
+    flash attention, given y in the place of o and logaddexp(lse, b) in the place of lse. The sink's
+    gradient is -sum over tokens of (1 - share) * <dy, y>.
     """
 
     @staticmethod
@@ -115,7 +121,8 @@ class _FlashSink(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):  # pyright: ignore[reportIncompatibleMethodOverride]
         q, k, v, y, lse, share, *rest = ctx.saved_tensors
-        dy = dy.transpose(1, 2).contiguous().transpose(1, 2)  # as it comes from the layer above
+        # lay dy out as the layer above does, (batch pos n_head d_head) in memory
+        dy = dy.transpose(1, 2).contiguous().transpose(1, 2)
         backward = KERNELS[ctx.kernel].backward
         dq, dk, dv = backward(dy, q, k, v, y, lse.contiguous(), ctx.scale, *rest)
         dsink = -((1 - share) * (dy * y).sum(-1, dtype=share.dtype)).sum((0, 2))
@@ -129,11 +136,12 @@ def flash_sink(
     sink: Float[Tensor, " n_head"],
     scale: float,
 ) -> Float[Tensor, "batch n_head pos d_head"]:
-    """Attend causally with sinks on a flash kernel of torch; nothing may be padded.
+    """Return causal attention with sinks, by a flash kernel of torch; no text may be padded.
 
-    On CUDA, float32 takes the memory-efficient kernel and sixteen-bit floats the flash kernel,
-    which asks for compute capability 8.0; heads are padded with zeros to a multiple of 8. Raises
-    ValueError where there is no such kernel.
+    On CUDA, float32 uses the memory-efficient kernel and 16-bit floats the flash kernel, which
+    needs compute capability 8.0 (wider heads than FLASH_MAX_HEAD use the former too). There, heads
+    are padded with zeros to a multiple of 8 channels. Raises ValueError where there is no kernel
+    for the device and dtype.
     """
     kernel, d_head = kernel_for(q), q.shape[-1]
     if kernel is None:
@@ -159,10 +167,11 @@ def sdpa_sink(
     output_attentions=False,
     **kwargs,
 ):
-    """Attend in Hugging Face's calling convention; `s_aux` is the sink logits or None.
+    """Return (output, weights or None) of attention, by the fastest form that fits the call.
 
-    Where the attention weights are asked for, the form that has them answers: the output is the
-    same. (transformers' own sdpa warns and leaves them out.)
+    The arguments are those of Hugging Face's attention functions; `s_aux` is the sink logits, or
+    None. With `output_attentions`, `eager_sink` runs, which has the weights, and the output is the
+    same. (transformers' own sdpa warns and leaves the weights out.)
     """
     if output_attentions:
         return eager_sink(module, query, key, value, attention_mask, scaling, dropout, s_aux)
@@ -171,7 +180,7 @@ def sdpa_sink(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
     n_query = query.shape[2]
-    if attention_mask is None and n_query > 1:  # beyond them a static cache is still empty
+    if attention_mask is None and n_query > 1:  # cut the slots of a static cache not yet filled
         key, value = key[:, :, :n_query], value[:, :, :n_query]
     square = n_query == key.shape[2]
     if attention_mask is None and square and dropout == 0.0 and kernel_for(query):
@@ -180,7 +189,10 @@ def sdpa_sink(
 
 
 def masked_sink(query, key, value, attention_mask, sink, scaling, dropout=0.0):
-    """Attend with the sink as one more key and value of zeros whose additive mask is b_h."""
+    """Return attention with sinks, (batch pos n_head d_head), under any mask.
+
+    The sink is one more key and value of zeros, and its entry in the additive mask is b_h.
+    """
     n_batch, n_head, n_query, _ = query.shape
     bias = _additive(attention_mask, query, key)
     column = sink.view(1, n_head, 1, 1).expand(n_batch, n_head, n_query, 1).to(bias.dtype)
@@ -195,7 +207,10 @@ def masked_sink(query, key, value, attention_mask, sink, scaling, dropout=0.0):
 def eager_sink(
     module, query, key, value, attention_mask, scaling, dropout=0.0, s_aux=None, **kwargs
 ):
-    """Attend by the formula itself and return the weights beside the output."""
+    """Return attention with sinks, (batch pos n_head d_head), and its weights.
+
+    It computes the formula above as it stands. The weights leave out the column of the sink.
+    """
     scores = query @ key.transpose(2, 3) * scaling + _additive(attention_mask, query, key)
     if s_aux is not None:
         column = s_aux.view(1, -1, 1, 1).expand(*scores.shape[:3], 1).to(scores.dtype)
@@ -207,9 +222,10 @@ def eager_sink(
 
 
 def _additive(attention_mask, query: Tensor, key: Tensor) -> Tensor:
-    """The mask as numbers to add to the scores.
+    """Return the mask as numbers to add to the scores.
 
-    None means as in Hugging Face: one query sees every key; of several, the first sees the first.
+    None means what it does in Hugging Face: a single query sees every key; of several queries,
+    query i sees keys 0..i.
     """
     lowest = torch.finfo(query.dtype).min
     if attention_mask is None:
@@ -223,6 +239,6 @@ def _additive(attention_mask, query: Tensor, key: Tensor) -> Tensor:
     return attention_mask
 
 
-# Local to this library: "sdpa" here means sdpa with sinks. transformers looks for this very name.
+# In this library "sdpa" means sdpa with sinks. transformers looks for a table of this very name.
 ALL_ATTENTION_FUNCTIONS = AttentionInterface()
 ALL_ATTENTION_FUNCTIONS["sdpa"] = sdpa_sink

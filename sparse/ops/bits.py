@@ -16,6 +16,6 @@ BLOCK = 1 << 17  # entries worked on at a time on a CPU: few enough to stay in i
 
 
 def magnitude(x: Float[Tensor, "*batch d"]) -> Shaped[Tensor, "*batch d"]:
-    """|x| as integers of the same order."""
+    """Return |x| as integers that have the order of the numbers."""
     as_int, drop_sign = BITS[x.dtype]
     return x.view(as_int) & drop_sign

@@ -1,10 +1,11 @@
-"""Products with weights that are mostly zero: forward and input gradient in compressed rows.
+"""Products with weights that are mostly zero, on a CPU, by compressed rows (CSR).
 
     y = x W^T + b        dx = g W        dW = g^T x
 
-On a CPU the first two cost one multiply-add per nonzero weight and row of x; the third stays dense,
-because Adam wants the gradient of every entry. The sums are those of the dense product in another
-order, so results differ by rounding only.
+g is the gradient of y. In compressed rows only the nonzero weights are stored, so the first two
+products cost one multiply-add per nonzero weight and row of x. The third stays dense, because Adam
+needs the gradient of every entry. The sums are those of the dense products in another order, so
+results differ from them by rounding only.
 """
 
 from __future__ import annotations
@@ -26,24 +27,28 @@ ROWS_AT_ONCE = 256
 """Rows of x per product, so that x and y stay in the cache; 128 to 512 are equally fast."""
 
 WORTH_REBUILDING = 1 << 16
-"""Entries of a weight from which compressing it at every training step saves more than it costs,
-measured at 1,024 rows of x or more; smaller ones lose by the two transposes."""
+"""Least number of entries of a weight that is worth compressing anew at every training step,
+measured at 1,024 rows of x or more. For smaller ones the two transposes cost more than is saved."""
 
 
 @contextmanager
 def csr_products(model: nn.Module, min_entries: int = 0) -> Iterator[tuple[str, ...]]:
     """Run the sparse linears of `model` by compressed rows while the context is open.
 
-    These are the nn.Linear with float32 (or float64) weights on the CPU, of at least `min_entries`
-    entries, of which fewer than 1/8 are nonzero; their names are yielded. Every other product,
-    every product under autocast, those of a model under gradient checkpointing (whose backward
-    pass multiplies anew, perhaps outside) and those of one that says its sublayers are compiled
-    (a module's `sublayers_compiled`) run as they do without the context.
+    Yields their names. They are the nn.Linear modules with float32 or float64 weights on the CPU,
+    of at least `min_entries` entries, fewer than 1/8 of them nonzero. All other products run as
+    they do without the context. So do
 
-    The weights are read once, at the entry: changing one inside is a ValueError at its next use
-    (as far as torch sees the change; a write through `.data` is not seen). Gradients are those of
-    the weights read, and the backward pass may run after the context has closed. A NaN or infinity
-    in x reaches the outputs that have a weight for it, and not all of them.
+    - products under autocast;
+    - all products of a model under gradient checkpointing, whose backward pass computes them again,
+      perhaps outside the context;
+    - all products of a model whose sublayers are compiled (a module's `sublayers_compiled`).
+
+    The weights are read once, on entry. A weight that is changed inside is a ValueError at its next
+    use, as far as torch sees the change; it does not see a write through `.data`. Gradients are
+    those for the weights as read, and the backward pass may run after the context has closed. A NaN
+    or infinity in x reaches only the outputs that have a nonzero weight for it; in a dense product
+    it would reach all.
     """
     matrices, names = {}, []
     linears = [] if _checkpoints(model) or _is_compiled(model) else model.named_modules()
@@ -53,7 +58,8 @@ def csr_products(model: nn.Module, min_entries: int = 0) -> Iterator[tuple[str, 
         if matrix := _compress(name, module.weight):
             matrices[id(module.weight)] = matrix
             names.append(name)
-    with _Products(matrices) if matrices else nullcontext():  # a mode would be traced
+    # without matrices no mode is entered, since torch.compile would trace it
+    with _Products(matrices) if matrices else nullcontext():
         yield tuple(names)
 
 
@@ -66,7 +72,7 @@ def _is_compiled(model: nn.Module) -> bool:
 
 
 class _Matrix:
-    """A weight, what it held when it was read, and the version it had then."""
+    """A weight, its nonzero entries in compressed rows, and its version when they were read."""
 
     def __init__(self, name: str, weight: Tensor, rows: csr_array) -> None:
         self.name, self.weight, self.version = name, weight, weight._version
@@ -74,7 +80,7 @@ class _Matrix:
 
 
 def _compress(name: str, weight: Tensor) -> _Matrix | None:
-    """Return the weight's nonzero entries row by row, None where the dense product is as good."""
+    """Return the weight in compressed rows, or None where the dense product is as fast."""
     if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.float64):
         return None
     w = np.from_dlpack(weight.detach())  # .numpy() would keep a gathered shard from being freed
@@ -89,7 +95,7 @@ def _compress(name: str, weight: Tensor) -> _Matrix | None:
 
 
 class _Products(TorchFunctionMode):
-    """Answers F.linear for the weights it knows; no module is touched."""
+    """A mode of torch that computes F.linear for the weights it knows; no module is changed."""
 
     def __init__(self, matrices: dict[int, _Matrix]) -> None:
         super().__init__()
@@ -116,6 +122,8 @@ class _Products(TorchFunctionMode):
 
 
 class _Linear(torch.autograd.Function):
+    """x W^T + b with W in compressed rows, and its gradients."""
+
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, rows, columns) -> Tensor:
         ctx.columns, ctx.width = columns, weight.shape[1]
@@ -138,7 +146,7 @@ class _Linear(torch.autograd.Function):
 
 
 def _flat(x: Tensor) -> Tensor:
-    """All leading axes as one, also where it is empty."""
+    """Return x with all leading axes as one; x may be empty."""
     return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 

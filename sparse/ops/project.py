@@ -1,6 +1,7 @@
-"""Keep exactly k weights of a matrix, with a floor per neuron: the definition.
+"""The projection: keep exactly k weights of a matrix, and of these at least a floor per neuron.
 
-Which path runs where is decided here; every path marks the entries of `chosen_reference`.
+`chosen_reference` defines which entries are kept. project_cpu.py and project_cuda.py find the same
+ones faster, and `project_` decides which of them runs.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ from .project_cpu import chosen_cpu
 
 @torch.no_grad()
 def project_(weight: Float[Tensor, "out in"], keep: int, floor: int = 0, dim: int = 0) -> None:
-    """Zero all but `keep` entries of `weight` in place, largest magnitudes first.
+    """Set all but `keep` entries of `weight` to zero in place; the largest magnitudes are kept.
 
-    Each row (`dim=0`) or column (`dim=1`) is first granted its own `floor` largest entries, so no
-    neuron dies; the rest of the budget goes to the largest of what remains. Exactly `keep` entries
-    are chosen; ties go to the lowest index (docs/method.md#projection). A chosen zero stays zero.
+    First the `floor` largest entries of each row (`dim=0`) or column (`dim=1`) are chosen, so that
+    no neuron dies; the rest of the `keep` places go to the largest entries that remain. Of equal
+    magnitudes those of lowest index are chosen (docs/method.md#projection). An entry that is chosen
+    while it is zero stays zero, so fewer than `keep` nonzeros may be left. Raises ValueError where
+    the floors do not fit into `keep`, or `keep` into the matrix.
 
     >>> import torch
     >>> from sparse import project_
@@ -47,7 +50,7 @@ def project_(weight: Float[Tensor, "out in"], keep: int, floor: int = 0, dim: in
         chosen = chosen_cpu(weight, keep, floor, dim).numpy()
         bits = weight.detach().view(BITS[weight.dtype][0]).numpy()
         np.multiply(bits, chosen, out=bits)
-        torch.autograd.graph.increment_version(weight)  # numpy wrote behind torch's back
+        torch.autograd.graph.increment_version(weight)  # torch did not see numpy write to it
     elif weight.is_cuda and (kernels := _kernels()) and kernels.fits(weight, floor, dim):
         kernels.project_(weight, keep, floor, dim)
         torch.autograd.graph.increment_version(weight)
@@ -57,14 +60,23 @@ def project_(weight: Float[Tensor, "out in"], keep: int, floor: int = 0, dim: in
 
 @cache
 def _kernels():
-    """The Triton kernels, imported when the first CUDA tensor comes; None without triton."""
+    """Return the module of Triton kernels, or None without triton.
+
+    It is imported when the first CUDA tensor comes, so that a CPU needs no triton.
+    """
     return import_module(".project_cuda", __package__) if find_spec("triton") else None
 
 
 def chosen_reference(
     weight: Float[Tensor, "out in"], keep: int, floor: int, dim: int
 ) -> Bool[Tensor, "out in"]:
-    """Mark the entries that `project_` keeps: the definition, by two stable sorts."""
+    """Mark the entries that `project_` keeps; this is the definition, by two stable sorts.
+
+        score  = |w|,  and infinity for the `floor` largest entries of every slice
+        chosen = the `keep` highest scores, ties to the lowest index
+
+    The slices are the rows (`dim=0`) or the columns (`dim=1`).
+    """
     score = weight.abs()
     if floor:
         across = 1 - dim

@@ -1,6 +1,7 @@
-"""The projection on a CPU: which entries are kept, found without sorting them all.
+"""The projection on a CPU: it finds the kept entries without sorting all of them.
 
-project.py holds the definition, `chosen_reference`; both mark the same entries.
+project.py holds the definition, `chosen_reference`, which marks the same entries. A *slice* is what
+the floor protects: a row (dim 0) or a column (dim 1).
 """
 
 from __future__ import annotations
@@ -15,21 +16,24 @@ from torch import Tensor
 from .bits import BITS
 
 BLOCK = 1 << 17
-"""Entries that a CPU looks at together."""
+"""Number of entries that are worked on at a time, so that they stay in the cache."""
 
 
 def chosen_cpu(
     weight: Float[Tensor, "out in"], keep: int, floor: int, dim: int
 ) -> Bool[Tensor, "out in"]:
-    """Mark the same entries on the bits of |weight|, which order as |weight| does.
+    """Mark the entries that `chosen_reference` marks.
 
-    If the plain global choice gives every slice its floor, it is the answer. Otherwise the slices
-    that lack entries get theirs, and the smallest that other slices can spare pay for them.
+    It compares the bits of |weight|, which have the order of |weight|. If the `keep` largest
+    entries of the whole matrix give every slice its floor, they are the answer. Otherwise the
+    slices that lack entries get theirs, and as many of the smallest marked entries are unmarked, in
+    slices that have more than their floor.
     """
     bits = weight.detach().contiguous().view(BITS[weight.dtype][0]).numpy()
     chosen = _largest(bits.reshape(-1), keep).reshape(bits.shape)
     if floor:
-        narrow = np.uint16 if bits.shape[1 - dim] < 1 << 16 else np.int64  # a fifth of the time
+        # a sum in uint16 takes a fifth of the time
+        narrow = np.uint16 if bits.shape[1 - dim] < 1 << 16 else np.int64
         counts = chosen.view(np.uint8).sum(axis=1 - dim, dtype=narrow).astype(np.int64)
         lacking = np.flatnonzero(counts < floor)
         if lacking.size:
@@ -42,15 +46,16 @@ def chosen_cpu(
 
 
 def _magnitude(bits: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-    """|x| as an integer, from the bits of x."""
+    """Return |x| as integers that have the order of the numbers, from the bits of x."""
     return np.bitwise_and(bits, np.iinfo(bits.dtype).max, out=out, order="C")
 
 
 def _largest(bits: np.ndarray, keep: int) -> np.ndarray:
-    """Mark the `keep` largest magnitudes of a flat array, ties by lowest index.
+    """Mark the `keep` largest magnitudes of a flat array; ties go to the lowest index.
 
-    A sample brackets the threshold, so that only the entries near it are looked at one by one.
-    Where the sample misleads the bracket is opened: the answer does not depend on it.
+    A sample gives two magnitudes between which the threshold probably lies, so that only the
+    entries between them have to be ordered. Where the threshold turns out to lie elsewhere, all
+    entries are ordered, so the answer does not depend on the sample.
     """
     chosen, rest, v = _split(bits, *_bracket(bits, keep))
     places = keep - np.count_nonzero(chosen)
@@ -67,7 +72,11 @@ def _largest(bits: np.ndarray, keep: int) -> np.ndarray:
 
 
 def _bracket(bits: np.ndarray, keep: int) -> tuple[int, int]:
-    """Two magnitudes of an even sample, three standard errors to either side of the threshold."""
+    """Return two magnitudes that probably enclose the `keep`-th largest one.
+
+    They are the magnitudes three standard errors to either side of it in an evenly spaced sample;
+    0 and the largest integer where the array is too small to sample.
+    """
     least, most = 0, np.iinfo(bits.dtype).max
     n = max(4096, bits.size // 64)
     if bits.size < 8 * n:
@@ -84,9 +93,10 @@ def _bracket(bits: np.ndarray, keep: int) -> tuple[int, int]:
 
 
 def _split(bits: np.ndarray, lo: int, hi: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mark the magnitudes above `hi`; return that, and where and what those in lo..hi are.
+    """Return marks of the magnitudes above `hi`, and the places and values of those in lo..hi.
 
-    A block at a time, so that what is written is read from the cache.
+    It works on BLOCK entries at a time, so that what it writes is still in the cache when it is
+    read.
     """
     chosen = np.empty(bits.size, dtype=bool)
     a, near = np.empty(BLOCK, dtype=bits.dtype), np.empty(BLOCK, dtype=bool)
@@ -102,10 +112,13 @@ def _split(bits: np.ndarray, lo: int, hi: int) -> tuple[np.ndarray, np.ndarray, 
 
 
 def _largest_per_row(a: np.ndarray, n: int) -> Iterator[np.ndarray]:
-    """Yield the column of every row's largest entry, then of the next, `n` in all; spoils `a`."""
+    """Yield the column of the largest entry of every row, then of the second, up to the `n`-th.
+
+    `a` is overwritten. Of equal entries the first comes first.
+    """
     rows = np.arange(len(a))
     for _ in range(n):
-        best = a.argmax(axis=1)  # of equal ones the first
+        best = a.argmax(axis=1)  # the first of equal ones
         yield best
         a[rows, best] = -1
 
@@ -113,7 +126,10 @@ def _largest_per_row(a: np.ndarray, n: int) -> Iterator[np.ndarray]:
 def _drop_smallest(
     chosen: np.ndarray, bits: np.ndarray, spare: np.ndarray, n: int, dim: int
 ) -> None:
-    """Unmark the `n` smallest chosen entries, highest index first, at most spare[s] of slice s."""
+    """Unmark, in place, the `n` smallest chosen entries, at most spare[s] of them in slice s.
+
+    Of equal entries the one of highest index goes first.
+    """
     at = np.flatnonzero(chosen)[::-1]
     line = at // bits.shape[1] if dim == 0 else at % bits.shape[1]
     at, line = at[spare[line] > 0], line[spare[line] > 0]
@@ -129,7 +145,7 @@ def _drop_smallest(
 
 
 def _occurrence(x: np.ndarray) -> np.ndarray:
-    """How often the value of each entry has come before it."""
+    """Return, for every entry of x, how often its value occurs before it."""
     order = x.argsort(kind="stable")
     rank = np.empty_like(order)
     rank[order] = np.arange(x.size) - np.searchsorted(x[order], x[order])

@@ -1,13 +1,15 @@
-"""The exact projection on CUDA, without a word to the host: the threshold is found by digits.
+"""The exact projection on CUDA: the threshold is found digit by digit, all of it on the device.
 
-    a      = |w| as an integer, which orders as |w| does; -1 where a slice's floor protects it
-    t      = the m-th largest a, m = keep less the protected: 8 bits at a time, from the top, by
-             counting how many entries that share the digits found so far have which next digit
-    w      = w where a = -1, or a > t, or a = t and few enough such came before it; else 0
+    a      = |w| as an integer, which has the order of |w|; -1 where a slice's floor protects w
+    t      = the m-th largest a, m = keep less the number of protected entries
+    w      = w where a = -1, or a > t, or at the first entries with a = t that make `keep`; else 0
 
-Whatever is counted stays on the device, in `state` = (digits found so far, places left among the
-entries that have them). `chosen_reference` (project.py) is the definition, for finite weights.
-Importing this module needs triton.
+A digit is 8 bits of a (7 for the last). t is found from the top digit down: of the entries that
+have all digits found so far, count how many have which next digit, and take the largest that enough
+entries reach. No number goes to the host, which would wait for it; what is known so far is in
+`state` = (digits found so far, places left among the entries that have these digits).
+`chosen_reference` (project.py) is the definition, for finite weights. Importing this module needs
+triton.
 """
 
 from __future__ import annotations
@@ -27,12 +29,12 @@ DIGITS = {  # float dtype: (integer view, mask that drops the sign, digits as (l
 }
 BLOCK = 4096  # entries per program
 BINS = 256
-MAX_WIDTH = 1 << 14  # entries of a slice with a floor: it stays in registers whole
+MAX_WIDTH = 1 << 14  # most entries of a slice with a floor: up to here it fits into registers
 
 
 @triton.jit
 def _protect(A, width, floor, BLOCK: tl.constexpr):
-    """Set the `floor` largest of a row to -1, the first of equal ones first."""
+    """Set the `floor` largest entries of a row of A to -1; of equal ones, the first ones."""
     row = A + tl.program_id(0).to(tl.int64) * width
     i = tl.arange(0, BLOCK)
     a = tl.load(row + i, mask=i < width, other=-1)
@@ -53,7 +55,7 @@ def _count_digits(
     BINS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """COUNTS[d] += how many entries that start with the digits found have d for the next."""
+    """COUNTS[d] += the number of entries with the digits found so far and d as the next one."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     a = tl.load(A + i, mask=i < n, other=-1)
     found = tl.load(STATE)
@@ -66,7 +68,7 @@ def _count_digits(
 
 @triton.jit
 def _next_digit(COUNTS, STATE, BITS: tl.constexpr, BINS: tl.constexpr):
-    """The largest digit that enough entries reach; empty COUNTS for the next digit."""
+    """Put into STATE the largest digit that enough entries reach; zero COUNTS for the next one."""
     d = tl.arange(0, BINS)
     counts = tl.load(COUNTS + d)
     places = tl.load(STATE + 1)
@@ -80,7 +82,7 @@ def _next_digit(COUNTS, STATE, BITS: tl.constexpr, BINS: tl.constexpr):
 
 @triton.jit
 def _count_ties(A, TIES, STATE, n, BLOCK: tl.constexpr):
-    """TIES[block] = how many of its entries equal the threshold."""
+    """TIES[block] = the number of its entries that equal the threshold."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     a = tl.load(A + i, mask=i < n, other=-1)
     tl.store(TIES + tl.program_id(0), tl.sum((a == tl.load(STATE)).to(tl.int32), 0))
@@ -88,7 +90,10 @@ def _count_ties(A, TIES, STATE, n, BLOCK: tl.constexpr):
 
 @triton.jit
 def _apply(W, A, TIES, STATE, n, BLOCK: tl.constexpr):
-    """Zero what is not chosen. TIES[block] = ties up to the end of the block."""
+    """Set to zero the entries of W that are not chosen.
+
+    TIES[block] is the number of entries that equal the threshold up to the end of the block.
+    """
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     a = tl.load(A + i, mask=i < n, other=0)
     t = tl.load(STATE)
@@ -100,13 +105,13 @@ def _apply(W, A, TIES, STATE, n, BLOCK: tl.constexpr):
 
 
 def fits(weight: Tensor, floor: int, dim: int) -> bool:
-    """Say whether the kernels take this matrix."""
+    """Return whether the kernels can project this matrix."""
     narrow = not floor or weight.shape[1 - dim] <= MAX_WIDTH
     return weight.dtype in DIGITS and weight.is_contiguous() and narrow
 
 
 def project_(weight: Float[Tensor, "out in"], keep: int, floor: int, dim: int) -> None:
-    """Project `weight` in place as `sparse.project.project_` does, whose checks have passed."""
+    """Project `weight` in place; `sparse.ops.project.project_` has checked the arguments."""
     as_int, magnitude, digits = DIGITS[weight.dtype]
     w, n = weight.detach().view(as_int), weight.numel()
     with torch.cuda.device_of(weight):
@@ -129,10 +134,13 @@ def _run(kernel: Any, n: int, *arguments: Any, **constants: int) -> None:
 
 
 def _threshold(a: Tensor, m: int, digits: tuple) -> tuple[Tensor, int]:
-    """Return (t, places among the entries that equal t) on the device, and the blocks of a."""
+    """Return `state` and the number of blocks of `a`.
+
+    `state` is on the device and holds t and the places left among the entries that equal t.
+    """
     n_blocks: int = -(-a.numel() // BLOCK)
     counts, state = a.new_zeros(BINS), a.new_zeros(2)
-    if m == 0:  # none but the protected: a threshold above every finite weight, and no places
+    if m == 0:  # only protected entries are kept: t is above every finite weight
         state[:1].fill_(0x7FFFFFFF)
         return state, n_blocks
     state[1:].fill_(m)

@@ -1,4 +1,7 @@
-"""Seeds that are a pure function of what they are for, so that a resumed run draws the same."""
+"""Seeds that are a pure function of what they are used for, so that a resumed run draws the same.
+
+A step's seed, for example, depends on the run's seed and the step's number and on nothing else.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,8 @@ from hashlib import sha256
 def seed_of(*key: object, n_bytes: int = 7) -> int:
     """Return a seed of `n_bytes` bytes for a key such as (seed, step, rank).
 
-    The first bytes of the SHA-256 of the key's words. A torch.Generator takes 7 bytes (positive 64
-    bit integers); one whose distributions must not depend on more than 32 bits takes 4.
+    It is made of the first bytes of the SHA-256 of the key's words. 7 bytes suit a torch.Generator,
+    which takes positive 64-bit integers; 4 bytes give a seed of 32 bits.
 
     >>> seed_of(0, 17) == seed_of(0, 17), seed_of(0, 17) == seed_of(1, 7)
     (True, False)

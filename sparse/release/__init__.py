@@ -5,9 +5,9 @@
     replay = load_circuit("viz/.../viz_data.pt", model, tokenizer, ("]\\n", "]]\\n"))
     replay.loss(model)                               nats per prompt, to compare with replay.stored
 
-The format is that of docs/method.md#released-files; every variant it can express is a SparseGPT.
-Files are read without running code in them, and strictly: a key too many or too few is an error.
-final_bridges.pt is not read (it was served empty, and would be code).
+The format is described in docs/method.md#released-files. A SparseGPT can be every variant that the
+format can express. Files are read without running code in them, and strictly: a key that is unknown
+or missing is an error. final_bridges.pt is not read: it was served empty, and would be code.
 """
 
 from .circuit import Replay, load_circuit

@@ -1,13 +1,15 @@
-"""`viz_data.pt`, the released form of a circuit, and its loss run again.
+"""Reading `viz_data.pt`, the released form of a circuit, and measuring its loss again.
 
-The format is that of docs/method.md#released-files.
+The format is described in docs/method.md#released-files. circuit_write.py writes it.
 
-    kept nodes     {location: indices}, the eight per layer and perhaps final_resid
-    task           tokens padded with 0 on the right; the first half is class 1, the rest class 2
-    losses         sums over the pair: halved here, they are nats per prompt
+    kept nodes     {location: indices}, the eight locations per layer and perhaps final_resid
+    task           tokens padded with 0 on the right; the first half of the prompts is class 1 (the
+                   context_1 of pairs), the second half class 2
+    losses         sums over the two prompts of a pair; halved here, they are nats per prompt
 
-What the file does not hold is asked for: the two target tokens, and the values that replace the
-other nodes (their means over the training text). Text samples and heat maps are not carried.
+The file does not hold the two target tokens, nor the values that replace the other nodes (their
+means over the training text), so the caller must give both. Text samples and heat maps in the file
+are left out.
 """
 
 from __future__ import annotations
@@ -35,8 +37,8 @@ from sparse.tasks.task import Pair, Task
 
 from .files import read_torch
 
-RELEASED = "released"  # key of Circuit.config
-SIZES = {  # of a stored config, compared with the model's
+RELEASED = "released"  # key of Circuit.config under which the rest of a file is kept
+SIZES = {  # the authors' field: ours; in these a file's stored config must agree with the model
     "vocab_size": "vocab_size",
     "n_layer": "num_hidden_layers",
     "n_head": "num_attention_heads",
@@ -48,17 +50,15 @@ SIZES = {  # of a stored config, compared with the model's
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Replay:
-    """A circuit, the prompts it is scored on, and what the file says its loss is."""
+    """A circuit, the prompts it is scored on, and the loss that its file gives."""
 
     circuit: Circuit
     batch: TaskBatch
     one_sided: bool = False
-    """Class 2 is scored by "anything but the target", over the whole vocabulary.
-
-    (docs/method.md#task-loss.)
-    """
+    """Whether class 2 has no target of its own: its prompts are scored by the probability, over the
+    whole vocabulary, that the target of class 1 does not follow (docs/method.md#task-loss)."""
     stored: float | None = None
-    """Nats per prompt that the file gives for the circuit; None where there is no file."""
+    """The loss of the circuit that the file gives, in nats per prompt; None where it gives none."""
 
     def loss(self, model: SparseGPT, whole: bool = False) -> float:
         """Return the task loss of the circuit in nats per prompt, mean over all prompts.
@@ -66,7 +66,8 @@ class Replay:
             two targets    softplus(foil - target)
             one-sided      -log p(target) in class 1,    -log(1 - p(target)) in class 2
 
-        With `whole`, that of the whole model. Raises ValueError for another model.
+        With `whole`, return the loss of the whole model. Raises ValueError for another model than
+        the circuit's.
         """
         self.circuit.check(model)
         return self.measure(model, None if whole else self.circuit)
@@ -75,7 +76,8 @@ class Replay:
     def measure(self, model: SparseGPT, circuit: Circuit | None) -> float:
         """Return the loss of any circuit of this model, or of the whole model for None.
 
-        It is not checked (by reading all weights) that the model is the circuit's.
+        The unit is nats per prompt. That the model is the circuit's is not checked, since that
+        would read all weights at every call.
         """
         with still(model):
             if circuit is None:
@@ -104,14 +106,19 @@ def load_circuit(
 ) -> Replay:
     """Return the circuit in a `viz_data.pt`, with its prompts and the loss stored for it.
 
-    targets: what should follow class 1 and class 2, each one token; None for the second where the
-    task asks only whether the first follows. means: the values of the nodes that are not kept, by
-    default those in the model's folder (`save_means`). name: of the task, by default that of its
-    folder (viz/MODEL/TASK/SWEEP/K/viz_data.pt).
+    targets: the text that should follow the prompts of class 1 and of class 2, each one token; None
+        for the second where the task only asks whether the first follows (`Replay.one_sided`).
+    means: the values of the nodes that are not kept; by default the means in the model's folder
+        (`sparse.circuits.means.save_means`).
+    ablation: "zero" takes zeros in the place of the means.
+    name: the name of the task; by default that of its folder (viz/MODEL/TASK/SWEEP/K/viz_data.pt).
+    target_loss: the circuit's target in nats per prompt, which the file does not hold.
 
-    A location that the file does not have keeps no node. `final_resid` is left alone then; where
-    the file has it, it is the last residual before its norm, and the means must hold it too:
-    `node_means(model, blocks, locations=[*model.node_widths(), "final_resid"])`.
+    No node is kept at a location that the file does not have. But `final_resid`, the last residual
+    before its norm, is left alone where the file does not have it. Where the file has it, the means
+    must hold it too: `node_means(model, blocks, locations=[*model.node_widths(), "final_resid"])`.
+
+    Raises ValueError for a damaged file, another model, or a target that is not one token.
 
     >>> import tempfile
     >>> import torch
@@ -160,7 +167,7 @@ def load_circuit(
 
 
 def _parts(path: Path, values: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The kept nodes and the importances, after a look at their form."""
+    """Return the kept nodes and the importances; ValueError where the file does not have both."""
     keys = values.keys() if isinstance(values, dict) else set()
     if not {"circuit_data", "importances"} <= keys:
         raise ValueError(
@@ -197,7 +204,7 @@ def _batch(
     targets: tuple[str, str | None],
     model: SparseGPT,
 ) -> tuple[TaskBatch, bool]:
-    """The prompts as tokens, and whether class 2 has no target of its own."""
+    """Return the prompts as tokens, and whether class 2 has no target of its own."""
     check_vocabulary(tokenizer, model.config.vocab_size)
     ids: Int[Tensor, "prompt pos"] = importances["task_samples"][0].long()
     n, width = ids.shape
@@ -257,7 +264,10 @@ def _notes(values: dict, data: dict, ablation: Values, batch: TaskBatch) -> list
 
 
 def _halved(values: dict, data: dict[str, Tensor], importances: dict[str, Any]) -> dict[str, Any]:
-    """What else the file says, as plain values; losses in nats per prompt, nodes in order."""
+    """Return what else the file holds, as plain values for `Circuit.config`.
+
+    Losses are halved to nats per prompt, and a location's nodes are sorted as in `Circuit.nodes`.
+    """
     per_node = {}
     for at, losses in importances.get("ch_interv_losses", {}).items():
         order = data[at].flatten().argsort().tolist() if at in data else []

@@ -1,6 +1,6 @@
-"""A circuit as `viz_data.pt`, the released form; circuit.py reads it.
+"""Writing a circuit as `viz_data.pt`, the released form; circuit.py reads it.
 
-The format is that of docs/method.md#released-files.
+The format is described in docs/method.md#released-files.
 """
 
 from __future__ import annotations
@@ -25,8 +25,11 @@ from .files import write_torch
 def save_circuit(replay: Replay, model: SparseGPT, path: str | Path) -> None:
     """Write a circuit as `viz_data.pt`: nodes, prompts, edges, and losses as sums over the pair.
 
-    Losses are measured now, except a node's, a sublayer's or an edge's that came with a released
-    file of this very circuit. Activations are those of the circuit; no text samples are written.
+    The losses of the circuit and of the whole model are measured now. So are those without a node
+    and without a sublayer, unless the circuit came from a released file that holds them. The loss
+    changes by edge are never measured: they are copied from such a file, and are 0 without one.
+    Activations are those of the circuit. No text samples are written. Raises ValueError for another
+    model than the circuit's.
 
     >>> import os
     >>> import tempfile
@@ -74,7 +77,7 @@ def save_circuit(replay: Replay, model: SparseGPT, path: str | Path) -> None:
 
 
 def _node_nats(replay: Replay, model: SparseGPT) -> dict[str, list[float]]:
-    """The loss of the circuit without each of its nodes, in nats per prompt."""
+    """Return, for every node, the loss of the circuit without it, in nats per prompt."""
     circuit, found = replay.circuit, {}
     for at, indices in circuit.nodes.items():
         without = [circuit.with_nodes(set(circuit) - {Node(at, i)}, "less") for i in indices]
@@ -83,7 +86,7 @@ def _node_nats(replay: Replay, model: SparseGPT) -> dict[str, list[float]]:
 
 
 def _layer_nats(replay: Replay, model: SparseGPT) -> dict[str, float]:
-    """The loss of the circuit without the nodes of each sublayer, in nats per prompt."""
+    """Return, for every sublayer, the loss of the circuit without its nodes, in nats per prompt."""
     circuit, found = replay.circuit, {}
     for layer in range(model.config.num_hidden_layers):
         for sublayer in (f"{layer}.attn", f"{layer}.mlp"):
@@ -95,9 +98,11 @@ def _layer_nats(replay: Replay, model: SparseGPT) -> dict[str, float]:
 def _pair_data(
     circuit: Circuit, model: SparseGPT, nats: list | None, weights: bool = False
 ) -> list[list[Any]]:
-    """For each pair of locations: a matrix (source, target), their nodes, and their names.
+    """Return, for each pair of locations, [matrix, source nodes, target nodes, (names of both)].
 
-    The matrix holds weights, with a last row "bias", or the loss changes `nats` as sums of a pair.
+    The matrix is (source, target), with a last row "bias" where the model has biases. With
+    `weights` it holds them. Otherwise it holds the loss changes `nats`, doubled to sums over the
+    pair of prompts, and 0 where there is none.
     """
     changes = {(a, i, b, j): 2 * x for a, i, b, j, x in nats or []}
     found = []

@@ -1,4 +1,7 @@
-"""`beeg_config.json`, the released form of a SparseGPTConfig (docs/method.md#released-files)."""
+"""Reading and writing `beeg_config.json`, the released form of a SparseGPTConfig.
+
+The format is described in docs/method.md#released-files.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,14 @@ from sparse.model.config import RESIDUAL_TOPK, TOPK_LOCATIONS, SparseGPTConfig
 
 WHOLE, NUMBER, FLAG, WORD = (int,), (int, float), (bool,), (str,)
 NONE = type(None)
-FIELDS: dict[str, tuple[tuple[type, ...], Any]] = {  # key: types, and what its absence means
+FIELDS: dict[str, tuple[tuple[type, ...], Any]] = {  # key: its types, and its value if it is absent
     "block_size": (WHOLE, 1024),
     "vocab_size": (WHOLE, 50304),
-    "n_layer": (WHOLE, ...),  # must be there
+    "n_layer": (WHOLE, ...),  # an ellipsis means that the key must be there
     "n_head": (WHOLE, ...),
-    "d_head": ((int, NONE), None),  # d_model // n_head
+    "d_head": ((int, NONE), None),  # None means d_model // n_head
     "d_model": (WHOLE, ...),
-    "d_mlp": ((int, NONE), None),  # 4 d_model
+    "d_mlp": ((int, NONE), None),  # None means 4 d_model
     "dropout": (NUMBER, 0.0),
     "bias": (FLAG, True),
     "ln_bias": (FLAG, True),
@@ -33,18 +36,21 @@ FIELDS: dict[str, tuple[tuple[type, ...], Any]] = {  # key: types, and what its 
     "sink": (FLAG, False),
     "tokenizer_name": (WORD, "tinypython_2k"),
 }
+# Keys that are accepted and not used. The first four say how the authors' code runs.
 HOW_IT_RUNS = ("debug_nans", "grad_checkpointing", "enable_sparse_kernels", "flash")
 IGNORED = ("afrac_approx", "ignore_dw_grad", "bigram_table_rank", "pfrac", "expansion_factor")
 IGNORED += ("expansion_factor_mlp", "debug_exact_topk", "sparse_matmul_impl", "rtopk", "n_embd")
-END_OF_TEXT = {"tinypython_2k": 2047}  # of the tokenizers that the release names
-RMS_EPS, LAYER_EPS = 2.0**-23, 1e-5  # fixed in the format
+END_OF_TEXT = {"tinypython_2k": 2047}  # tokenizer_name: its end-of-text token
+RMS_EPS, LAYER_EPS = 2.0**-23, 1e-5  # the format has no field for them
 
 
 def read_config(values: dict[str, Any], positions: bool, logits_bias: bool) -> SparseGPTConfig:
     """Return the config that the keys of a `beeg_config.json` mean.
 
-    What the format leaves to the weights is told: whether the additive position table says anything
-    (it is always stored, as zeros in a model without positions), and the bias of the logits.
+    The keys do not say whether a model has learned positions, or a bias of the logits; the weights
+    do. So the caller says it: `positions` is whether the additive position table holds anything but
+    zeros (it is stored in every file), and `logits_bias` the same of the bias. Raises ValueError
+    for keys that are unknown, missing or of another type.
     """
     v = _checked(values)
     fraction = v["afrac"]
@@ -85,9 +91,10 @@ def read_config(values: dict[str, Any], positions: bool, logits_bias: bool) -> S
 
 
 def write_config(config: SparseGPTConfig, tokenizer_name: str = "tinypython_2k") -> dict[str, Any]:
-    """Return the `beeg_config.json` of a config; one that the format cannot express is refused.
+    """Return the content of the `beeg_config.json` of a config.
 
-    Every key is in FIELDS and none in IGNORED, because the authors' loader takes no others.
+    Every key is in FIELDS, because the authors' loader takes no others. Raises ValueError for a
+    config that the format cannot express.
     """
     eps = "rms_norm_eps" if config.norm == "rms" else "layer_norm_eps"
     fixed = RMS_EPS if config.norm == "rms" else LAYER_EPS
@@ -127,7 +134,10 @@ def write_config(config: SparseGPTConfig, tokenizer_name: str = "tinypython_2k")
 
 
 def _checked(values: dict[str, Any]) -> dict[str, Any]:
-    """Every key of FIELDS, defaults filled in; anything unknown, missing or odd is refused."""
+    """Return a value for every key of FIELDS, with defaults for those that are absent.
+
+    Raises ValueError for a key that is unknown, missing or of another type.
+    """
     values = {k: x for k, x in values.items() if k not in (*IGNORED, *HOW_IT_RUNS)}
     if values.pop("use_tied_aux_matrix", False):
         raise ValueError(
@@ -157,7 +167,11 @@ def _checked(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_kept(config: SparseGPTConfig) -> None:
-    """AbsTopK keeps floor(fraction * width) in the format, and 0 kept is no model."""
+    """Raise ValueError where AbsTopK would keep no entry.
+
+    In the format it keeps floor(fraction * width), which may be 0; here it keeps at least 1, so
+    such a model cannot be expressed.
+    """
     for place in (*TOPK_LOCATIONS, *RESIDUAL_TOPK):
         if place in config.activation_locations:
             width = config.width(place)
@@ -169,5 +183,6 @@ def _check_kept(config: SparseGPTConfig) -> None:
 
 
 def _end_of_text(v: dict[str, Any]) -> int | None:
+    """Return the end-of-text token of the tokenizer that the config names, None if not known."""
     token = END_OF_TEXT.get(v["tokenizer_name"])
     return token if token is not None and token < v["vocab_size"] else None

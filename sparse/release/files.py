@@ -1,4 +1,7 @@
-"""Files of the released format, opened without running code: the one place for torch files."""
+"""Reading and writing files of the released format, without running code that is in them.
+
+It is the only module that opens torch files.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +55,7 @@ def torch_bytes(values: Any) -> bytes:
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """Return the object in a JSON file."""
+    """Return the object in a JSON file; ValueError where there is none."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path} is missing; give a folder as it was released")

@@ -1,6 +1,6 @@
-"""A released model: its config and weights, read and written.
+"""Reading and writing a released model: its config (config.py) and its weights.
 
-Names, shapes and options are those of docs/method.md#released-files.
+Names, shapes and options are described in docs/method.md#released-files.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .config import read_config, write_config
 from .files import read_json, read_torch, torch_bytes
 
 CONFIG, WEIGHTS = "beeg_config.json", "final_model.pt"
-NAMES = (  # ours, theirs; the first that fits, applied in order
+NAMES = (  # patterns in our names of tensors, and what they are in theirs; all apply, in this order
     (r"^model\.blocks\.", "transformer.h."),
     (r"^model\.norm\.", "transformer.ln_f."),
     (r"^model\.", "transformer."),
@@ -35,15 +35,17 @@ NAMES = (  # ours, theirs; the first that fits, applied in order
     (r"^logits_bias$", "final_logits_bias"),
 )
 POSITIONS, BIAS = "transformer.wpe.weight", "final_logits_bias"
-CAUSAL = re.compile(r"transformer\.h\.\d+\.attn\.bias")  # a mask that some files carry
-EXACT = (torch.float32, torch.bfloat16, torch.float16)  # what becomes fp32 without loss
+CAUSAL = re.compile(r"transformer\.h\.\d+\.attn\.bias")  # a causal mask that some files hold
+EXACT = (torch.float32, torch.bfloat16, torch.float16)  # dtypes that become fp32 without loss
 
 
 def load_model(folder: str | Path) -> SparseGPT:
     """Return the model of a released folder, in fp32 and eval mode, with the folder as `source`.
 
-    An additive position table of zeros means a model without positions, and logit biases of zero
-    one without them (both are always stored); such a model then has no limit of length.
+    The authors' files hold a position table and logit biases for every model, as zeros where the
+    model does not have them. So a table of zeros is read as a model without positions, which then
+    has no limit of length, and biases of zero (or absent ones) as a model without biases. Raises
+    ValueError where a file is damaged or the two are not of one model.
 
     >>> import tempfile
     >>> from sparse import SparseGPT, SparseGPTConfig, release
@@ -80,8 +82,9 @@ def load_model(folder: str | Path) -> SparseGPT:
 def save_model(model: SparseGPT, folder: str | Path, tokenizer_name: str = "tinypython_2k") -> None:
     """Write a model as `beeg_config.json` and `final_model.pt`, in fp32.
 
-    Raises ValueError naming the field that the format cannot express. Of a learned bigram table the
-    format's last row never learns: `bigram_freeze_last` comes back true.
+    Raises ValueError naming a field that the format cannot express. One field is lost: in the
+    format, the last row of a learned bigram table is never trained, so `load_model` returns such a
+    model with `bigram_freeze_last` true.
 
     >>> import os
     >>> import tempfile
@@ -105,14 +108,17 @@ def save_model(model: SparseGPT, folder: str | Path, tokenizer_name: str = "tiny
 
 
 def _theirs(name: str) -> str:
-    """The authors' name of a tensor of ours."""
+    """Return the authors' name of a tensor of ours."""
     for ours, theirs in NAMES:
         name = re.sub(ours, theirs, name)
     return name
 
 
 def _check_state(path: Path, state: dict[str, Tensor], model: SparseGPT) -> None:
-    """Raise unless `state` holds what the config says, and nothing else but what is ignorable."""
+    """Raise ValueError unless `state` holds exactly the tensors that the config asks for.
+
+    The logit biases and causal masks may be there or not.
+    """
     config = model.config
     want = {_theirs(name): tuple(t.shape) for name, t in model.state_dict().items()}
     want.setdefault(POSITIONS, (config.max_position_embeddings, config.hidden_size))

@@ -1,9 +1,12 @@
 """The released tokenizer, `encoder.json` and `vocab.bpe`, as a Hugging Face fast tokenizer.
 
-A byte-level BPE is its merges. Token 0..255 are the bytes in the order of `BYTES`, token 256 + i is
-merge i, and the last token is the end of text (2047 with the released 1,791 merges). Text is split
-by SPLIT (docs/method.md#released-files); in every piece the adjacent pair whose union is the lowest
-token is merged, leftmost first, until none is left; a piece that is a token is that token.
+A byte-level BPE is defined by its merges, each of which joins two pieces of text to a longer one.
+Tokens 0..255 are the bytes in the order of `BYTES`, token 256 + i is what merge i makes, and the
+last token is the end of text (2047 with the released 1,791 merges).
+
+Text is split into pieces by SPLIT (docs/method.md#released-files). A piece that is a token becomes
+that token. Any other piece begins as its bytes; then, again and again, the adjacent pair that makes
+the lowest token is merged, leftmost first, until no pair makes one.
 """
 
 from __future__ import annotations
@@ -26,12 +29,12 @@ SPLIT = "|".join(
         r"\p{N}{1,3}",
         r" ?[^\s\p{L}\p{N}]+[\r\n/]*",  # signs, with a space before and line ends or slashes after
         r"\s*[\r\n]+",
-        r"\s+(?!\S)",  # spaces, but the last one where something follows
+        r"\s+(?!\S)",  # spaces, without the last one where something follows
         r"\s+",
     ]
 )
 VISIBLE = (*range(33, 127), *range(161, 173), *range(174, 256))
-BYTES = (*VISIBLE, *sorted(set(range(256)) - set(VISIBLE)))  # byte at each of the first tokens
+BYTES = (*VISIBLE, *sorted(set(range(256)) - set(VISIBLE)))  # the byte of each of tokens 0..255
 CHARS = {b: chr(b if b in VISIBLE else 256 + BYTES.index(b) - len(VISIBLE)) for b in BYTES}
 Merges = Sequence[tuple[bytes, bytes]]
 
@@ -39,8 +42,8 @@ Merges = Sequence[tuple[bytes, bytes]]
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     """Return the tokenizer of a folder with encoder.json and vocab.bpe.
 
-    `<|endoftext|>` is its end of text, recognised in text too. Raises ValueError unless the two
-    files are of one tokenizer.
+    `<|endoftext|>` is its end of text, which is recognised inside texts too. Raises ValueError
+    unless the two files are of one tokenizer.
 
     >>> import tempfile
     >>> from sparse import release
@@ -99,11 +102,12 @@ def save_tokenizer(merges: Merges, folder: str | Path) -> None:
 
 
 def _text(piece: bytes) -> str:
+    """Return the bytes of a piece as the files write them: one visible character per byte."""
     return "".join(CHARS[b] for b in piece)
 
 
 def _merges(path: Path) -> list[tuple[str, str]]:
-    """The merges of a vocab.bpe: a line of version, then one pair per line."""
+    """Return the merges in a vocab.bpe: a line with the version, then one pair per line."""
     if not path.is_file():
         raise ValueError(f"{path} is missing; give a folder with encoder.json and vocab.bpe")
     pairs = []
@@ -118,7 +122,10 @@ def _merges(path: Path) -> list[tuple[str, str]]:
 
 
 def _vocabulary(merges: Sequence[tuple[str, str]]) -> dict[str, int]:
-    """Every piece's token; a merge must join two earlier pieces to a new one."""
+    """Return {piece: token}.
+
+    Raises ValueError where a merge does not join two earlier pieces to a new one.
+    """
     vocabulary = {CHARS[b]: i for i, b in enumerate(BYTES)}
     for a, b in merges:
         if a not in vocabulary or b not in vocabulary or a + b in vocabulary:
@@ -131,7 +138,10 @@ def _vocabulary(merges: Sequence[tuple[str, str]]) -> dict[str, int]:
 
 
 def _pairs(vocabulary: dict[str, int]) -> Iterator[tuple[str, str]]:
-    """Every pair of pieces whose union is a piece, lowest union first: all may merge."""
+    """Yield every pair of pieces that together are a piece, lowest token of these first.
+
+    The tokenizer may merge all of them, not only the pairs listed in vocab.bpe.
+    """
     for piece in vocabulary:
         for i in range(1, len(piece)):
             if piece[:i] in vocabulary and piece[i:] in vocabulary:

@@ -1,4 +1,4 @@
-"""Writing files so that a kill or a full disk leaves the old ones or the new ones, never a half."""
+"""Writing files so that a kill or a full disk leaves each one old or new, never half written."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from pathlib import Path
 
 
 def replace_files(folder: str | Path, files: Mapping[str, bytes | str]) -> None:
-    """Write every file (name to content) beside its place, sync them, then move them all there.
+    """Replace files in `folder` (name to content), each of them as a whole.
 
-    The folder is made if need be. Processes may write the same file at once: one of them is the
-    last. Raises OSError with what to do; what was there stays.
+    All contents are first written and synced under temporary names beside the files, then moved
+    into place one after the other. So a full disk leaves all old files, while a kill between two
+    moves leaves some old and some new ones. The folder is made if need be. Several processes may
+    write the same file at once; the last one wins. Raises OSError that says what to do.
     """
     folder = Path(folder)
     aside = {folder / name: folder / f"{name}.{os.getpid()}.partial" for name in files}

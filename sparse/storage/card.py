@@ -1,4 +1,8 @@
-"""The model card: what was measured, beside its controls, and what the weights themselves say."""
+"""The model card: what was measured, with its controls, and what the weights themselves say.
+
+A `Card` is saved as card.json; `markdown` writes the README.md of a model from it. hub.py saves
+both.
+"""
 
 from __future__ import annotations
 
@@ -22,29 +26,32 @@ TAGS = ("sparse-bridges", "sparse_gpt", "weight-sparse", "interpretability")
 
 @runtime_checkable
 class Described(Protocol):
-    """What a card needs of a model."""
+    """What a card needs to know of a model."""
 
     config: PreTrainedConfig
 
     def state_dict(self) -> dict[str, Any]:
-        """Its weights by name."""
+        """Return the weights by name."""
         ...
 
     def fingerprint(self) -> str:
-        """A hash of architecture and weights."""
+        """Return a hash of architecture and weights."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Metric:
-    """One measured number, which is not written without the number it is to be compared with."""
+    """One measured number, and its control: the number it is to be compared with.
+
+    A number without a control cannot be written.
+    """
 
     name: str
-    """What was measured, on what and over what the mean is."""
+    """What was measured, on which data, and over what the mean is taken."""
     value: float
     """The number, in `unit`."""
     unit: str
-    """Its unit, "fraction" where it has none."""
+    """The unit; "fraction" where there is none."""
     control: str
     """What the control is, such as "unigram model" or "same width, dense"."""
     control_value: float
@@ -71,11 +78,11 @@ class Card:
     data: str
     """What it was trained on: name, revision, split."""
     tokens: int | None
-    """Training tokens seen; None, here and below, where it was not recorded."""
+    """Training tokens seen; None where that was not recorded."""
     steps: int | None
-    """Optimizer steps."""
+    """Optimizer steps; None where that was not recorded."""
     seed: int | None
-    """Random seed."""
+    """Random seed; None where that was not recorded."""
     metrics: tuple[Metric, ...] = ()
     """Measured numbers with their controls."""
     fingerprint: str = ""
@@ -83,8 +90,8 @@ class Card:
     license: str = "unknown"
     """Licence of the weights as the Hub spells it, such as "apache-2.0"."""
     twin_of: str = ""
-    """The dense model it was bridged to, "" for none. (It goes into the text, not into the Hub's
-    base_model, which would call the twin a fine-tuned copy.)"""
+    """The dense model that the model was bridged to, "" for none. It is named in the text of the
+    README and not in the Hub's base_model, which would call the twin a fine-tuned copy."""
     notes: str = ""
     """Anything else a reader should know; Markdown."""
 
@@ -113,7 +120,10 @@ class Card:
 
     @classmethod
     def from_json(cls, text: str, where: str = "card.json") -> Card:
-        """Return the card of a text; ValueError naming `where` if it is not exactly one."""
+        """Return the card in the text of a card.json.
+
+        Raises ValueError, naming `where`, if it is not JSON or does not have the fields of a card.
+        """
         try:
             facts = dict(json.loads(text))
             if (found := facts.pop("schema_version", None)) != SCHEMA_VERSION:
@@ -149,9 +159,11 @@ def markdown(
 ) -> str:
     """Return the README of `model`: Hub metadata, how to load it, what was measured, its weights.
 
-    Counts and densities are those of `tensors`, the model's own unless given. Without a card it
-    says that nothing was measured. `place` is the folder or Hub name in the lines that load it,
-    `compressed` whether its file is in the format of compressed.py, `tags` are added for the Hub.
+    card: what was measured; without one the README says that nothing was.
+    place: the folder or Hub name in the lines of the README that load the model.
+    compressed: whether the weights are in the format of compressed.py.
+    tags: tags for the Hub, besides those that every model gets.
+    tensors: the tensors whose counts and densities are listed; the model's own by default.
     """
     tensors = _untied(model.state_dict() if tensors is None else tensors)
     mark = model.fingerprint()
@@ -176,7 +188,7 @@ def markdown(
 
 
 def _untied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Every tensor once, by its last name where several name the same memory."""
+    """Return every tensor once; of names for the same memory the last one is kept."""
     last = {(x.data_ptr() or name, x.shape): name for name, x in tensors.items()}
     return {name: tensors[name] for name in last.values()}
 

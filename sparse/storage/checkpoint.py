@@ -1,4 +1,8 @@
-"""Checkpoints that are whole or absent: safetensors and JSON, written aside and renamed."""
+"""Checkpoints: folders of safetensors and JSON that are always whole or absent.
+
+They are written under another name and then renamed. sparse/training/run_state.py decides what is
+in them.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +26,8 @@ def write_folder(folder: Path, tensors: dict[str, dict[str, Tensor]], state: dic
     """Write `tensors` (file stem -> name -> tensor) and `state` as one folder, atomically.
 
     Everything is written and synced under a temporary name beside `folder` and then renamed, so a
-    kill or a full disk at any moment leaves the folder whole or absent.
+    kill or a full disk at any moment leaves the folder whole or absent. Hashes of the tensor files
+    are stored with the state. Raises OSError where the folder cannot be written.
     """
     aside = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
@@ -50,7 +55,11 @@ def write_folder(folder: Path, tensors: dict[str, dict[str, Tensor]], state: dic
 
 
 def read_folder(folder: Path, *stems: str) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """Return what `write_folder` wrote under these stems; a damaged file is named."""
+    """Return the tensors (file stem -> name -> tensor) and the state that `write_folder` wrote.
+
+    Only the tensor files of the given stems are read. Raises ValueError naming the file that is
+    missing or damaged.
+    """
     path = folder / STATE
     try:
         state = json.loads(path.read_text())
@@ -73,12 +82,16 @@ def _sha256(path: Path) -> str:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove what `write_folder` wrote: first its name, so that a kill leaves it whole or gone."""
+    """Remove a folder that `write_folder` wrote.
+
+    It is renamed before its files are removed, so that a kill leaves it whole or absent under its
+    own name.
+    """
     gone = folder.with_name(f"{folder.name}.partial")
     folder.rename(gone)
     shutil.rmtree(gone)
 
 
 def steps_saved(folder: Path) -> list[Path]:
-    """Return the checkpoints `step-00000000` in `folder`, oldest first."""
+    """Return the checkpoints in `folder`, folders such as `step-00000200`, oldest first."""
     return sorted(p for p in folder.glob("step-*") if p.name[5:].isdigit())

@@ -1,19 +1,21 @@
-"""Tensors as indices and values: a safetensors file that leaves the zeros out, bit for bit.
+"""Sparse tensors in a safetensors file as indices and values, without their zeros.
 
-Format, version 1. A tensor X named N that is worth it becomes three entries, all 1-D:
+They are loaded to the same bits. Format, version 1: a tensor X named N that gets smaller by it
+becomes three entries of the file, all 1-D:
 
     N/shape   int64   the shape of X
     N/values  X.dtype its entries that are not +0.0, in flat (row-major) order; an all-zero X lists
                       its first entry, so that no entry of the file is empty
     N/gaps    uint8   where they are: before each value, the length of the run of left-out entries,
-                      a run r written as r // 255 bytes 255 and one byte r % 255; after the last
-                      value, the run t that remains, as t // 255 bytes 255
+                      a run of r written as r // 255 bytes of 255 and one byte r % 255; after the
+                      last value, the remaining run of t entries, as t // 255 bytes of 255
  or N/bitmap  uint8   where they are: one bit per entry of X, the first in the lowest bit of a byte
 
-Rule: the index of fewer bytes (gaps on a tie; gaps win below a density of about 1/8), and X stays a
-plain entry, which every tool can read, unless indices, values, shape and HEADER bytes are fewer
-than X itself. "Not zero" is asked of the bits, so -0.0 and NaN survive. A file's metadata holds
-`sparse_bridges_compressed: "1"`. A file of n bytes expands to at most 255 n entries.
+Of gaps and bitmap the one of fewer bytes is written, gaps if they are equal; gaps are smaller below
+a density of about 1/8. If indices, values, shape and HEADER bytes together are not smaller than X,
+X stays a plain entry, which every tool can read. Whether an entry is zero is decided by its bits,
+so -0.0 and NaN are kept. The metadata of the file holds `sparse_bridges_compressed: "1"`. A file of
+n bytes expands to at most 255 n entries.
 """
 
 from __future__ import annotations
@@ -34,16 +36,17 @@ from .atomic import replace_files
 MARK, VERSION = "sparse_bridges_compressed", "1"
 PARTS = ("shape", "values", "gaps", "bitmap")
 HEADER = 256
-"""About what two more entries cost in the header of a file, bytes."""
-LONG = 255  # the byte that says: 255 left out, and no value yet
+"""About as many bytes as two more entries take in the header of a file."""
+LONG = 255  # the byte of a gap that means: 255 entries are left out, and the run goes on
 AS_INT = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes per entry
 
 
 def compress(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the entries that stand for `tensors` in a file; `expand` is the inverse.
+    """Return the entries of a file that holds `tensors`; `expand` is the inverse.
 
-    Floating tensors that are sparse enough (the rule above) are replaced, on the CPU; all others
-    are passed on as they are. Raises ValueError where a name could be taken for a part.
+    Tensors of floats that get smaller by it (see above) are replaced by their parts, on the CPU;
+    all others are passed on as they are. Raises ValueError for a tensor whose name ends like a
+    part's.
     """
     entries: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -61,16 +64,16 @@ def compress(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def expand(entries: Mapping[str, Tensor], where: str = "entries") -> dict[str, Tensor]:
-    """Return the tensors that `entries` stand for, with the same bits, on the CPU.
+    """Return the tensors that `compress` made `entries` of, with the same bits, on the CPU.
 
-    `where` names the file in errors. Raises ValueError where the parts do not fit together:
-    a missing or foreign part, a count that differs, an index beyond the tensor.
+    `where` names the file in errors. Raises ValueError where parts do not fit together: one is
+    missing or belongs to another tensor, a count differs, or an index is beyond the tensor.
     """
     return _expand(entries, dict.fromkeys(entries, where))
 
 
 def _expand(entries: Mapping[str, Tensor], files: Mapping[str, str]) -> dict[str, Tensor]:
-    """`expand`, where every entry has its file for errors."""
+    """Return what `expand` does; `files` names, for errors, the file of every entry."""
     tensors: dict[str, Tensor] = {}
     parts: dict[str, dict[str, Tensor]] = {}
     for entry, tensor in entries.items():
@@ -94,13 +97,13 @@ def _expand(entries: Mapping[str, Tensor], files: Mapping[str, str]) -> dict[str
 
 
 def _part(entry: str) -> str:
-    """Return which part of a compressed tensor an entry is, "" where it is a plain tensor."""
+    """Return which part of a compressed tensor an entry is, one of PARTS; "" for a plain tensor."""
     name, slash, part = entry.rpartition("/")
     return part if slash and name and part in PARTS else ""
 
 
 def _split(tensor: Tensor) -> dict[str, Tensor] | None:
-    """The parts of a tensor, None where they are no smaller than itself."""
+    """Return the parts of a tensor, or None where they are no smaller than the tensor itself."""
     bits = tensor.detach().cpu().contiguous().view(AS_INT[tensor.element_size()]).numpy().ravel()
     there = bits != 0
     if not there.any():
@@ -121,7 +124,7 @@ def _split(tensor: Tensor) -> dict[str, Tensor] | None:
 
 
 def _to_gaps(at: np.ndarray, n: int) -> np.ndarray:
-    """The code of the increasing positions `at` among `n` entries; at least one position."""
+    """Return the gaps that stand for the increasing places `at` (one or more) among n entries."""
     runs = np.diff(at, prepend=-1) - 1
     ends = np.cumsum(runs // LONG + 1)
     gaps = np.full(ends[-1] + (n - 1 - at[-1]) // LONG, LONG, dtype=np.uint8)
@@ -130,7 +133,7 @@ def _to_gaps(at: np.ndarray, n: int) -> np.ndarray:
 
 
 def _join(parts: dict[str, Tensor]) -> Tensor:
-    """The tensor that its parts stand for; ValueError where they are not of one tensor."""
+    """Return the tensor that its parts stand for; ValueError where they are not of one tensor."""
     if set(parts) not in ({"shape", "values", "gaps"}, {"shape", "values", "bitmap"}):
         raise ValueError(f"its parts are {sorted(parts)}, not shape, values and gaps or bitmap")
     shape, values = parts["shape"], parts["values"]
@@ -154,7 +157,7 @@ def _join(parts: dict[str, Tensor]) -> Tensor:
 
 
 def _from_gaps(gaps: np.ndarray, n: int) -> tuple[np.ndarray, int]:
-    """Where the values belong, as increasing positions below n, and how many they are."""
+    """Return the places of the values, as increasing numbers below n, and how many they are."""
     long = gaps == LONG
     ends = np.cumsum(np.where(long, LONG, gaps.astype(np.int64) + 1))  # int64: 255 * bytes at most
     last = int(ends[-1]) if ends.size else 0
@@ -165,7 +168,7 @@ def _from_gaps(gaps: np.ndarray, n: int) -> tuple[np.ndarray, int]:
 
 
 def _from_bitmap(bitmap: np.ndarray, n: int) -> tuple[np.ndarray, int]:
-    """Where the values belong, as a mask of n entries, and how many they are."""
+    """Return the places of the values, as a mask of n entries, and how many they are."""
     if bitmap.size != -(-n // 8):
         raise ValueError(f"its bitmap has {bitmap.size} bytes for {n} entries")
     there = np.unpackbits(bitmap, bitorder="little").view(bool)
@@ -177,7 +180,8 @@ def _from_bitmap(bitmap: np.ndarray, n: int) -> tuple[np.ndarray, int]:
 def is_compressed(path: str | Path) -> bool:
     """Return whether a safetensors file holds compressed tensors.
 
-    Raises ValueError where it says so in another version or holds parts without saying so.
+    Raises ValueError where its metadata names another version of the format, where it holds parts
+    although its metadata names none, and where it cannot be read.
     """
     try:
         with safe_open(str(path), framework="pt") as file:
@@ -199,7 +203,11 @@ def is_compressed(path: str | Path) -> bool:
 
 
 def load_compressed(paths: Iterable[str | Path]) -> dict[str, Tensor]:
-    """Return the tensors of files, shards of one model perhaps, compressed or plain."""
+    """Return the tensors of one or more files, compressed or plain.
+
+    The files may be shards of one model: the parts of a tensor may be in different files. Raises
+    ValueError where two files hold the same entry.
+    """
     entries: dict[str, Tensor] = {}
     files: dict[str, str] = {}
     for path in map(str, paths):
@@ -215,12 +223,12 @@ def load_compressed(paths: Iterable[str | Path]) -> dict[str, Tensor]:
 def save_compressed(
     tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write `compress(tensors)` as one safetensors file; what stood there stays until the end."""
+    """Write `compress(tensors)` as one safetensors file, which replaces an older one as a whole."""
     _write(compress(tensors), Path(path), metadata)
 
 
 def mark(path: str | Path) -> None:
-    """Add the version to the metadata of a file that holds the entries of `compress`."""
+    """Add the version of the format to the metadata of a file with entries of `compress`."""
     with safe_open(str(path), framework="pt") as file:
         metadata = file.metadata()
     _write(load_file(path), Path(path), metadata)
@@ -232,7 +240,7 @@ def _write(entries: dict[str, Tensor], path: Path, metadata: Mapping[str, str] |
 
 
 def _in_order(file: bytes) -> bytes:
-    """The same safetensors file with sorted metadata, which `save` leaves in any order."""
+    """Return the safetensors file with its metadata sorted, which `save` leaves in any order."""
     n = int.from_bytes(file[:8], "little")
     header = json.loads(file[8 : 8 + n])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))

@@ -1,4 +1,7 @@
-"""How a model goes to a folder and to the Hub, and comes back: weights, card and where it was."""
+"""Saving and loading a model: its weights and its card, in a folder or on the Hub.
+
+card.py writes the card, compressed.py leaves the zeros out of the weights.
+"""
 
 from __future__ import annotations
 
@@ -31,21 +34,22 @@ class Source:
     folder: str
     """The folder as it was given."""
     fingerprint: str
-    """`SparseGPT.fingerprint()` at that moment."""
+    """`SparseGPT.fingerprint()` at that time."""
 
 
 class SavedModel(PreTrainedModel):
-    """A Hugging Face model that can leave its zeros out of the file and carries its card.
+    """A Hugging Face model that can be saved without its zeros, and that has a card.
 
-    `source` says which folder the weights came from or went to, None for a model made in memory.
-    `card` is what README.md says besides what the weights say; None: nothing was measured.
+    `source` is the folder that the weights came from or went to, None for a model made in memory.
+    `card` says how the model was made and what was measured; it goes into README.md, and is None
+    where nothing was measured.
     """
 
     source: Source | None = None
     card: Card | None = None
 
     def fingerprint(self) -> str:
-        """Return a hash of the architecture and every weight, 16 hex digits."""
+        """Return a hash of the architecture and of all parameters and buffers, 16 hex digits."""
         architecture: dict[str, Any] = self.config.architecture()  # pyright: ignore
         digest = hashlib.sha256(json.dumps(architecture, sort_keys=True).encode())
         tensors = dict(self.named_parameters()) | dict(self.named_buffers())
@@ -56,9 +60,10 @@ class SavedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> Any:  # pyright: ignore
-        """Load as every Hugging Face model does; remember the folder as `source`, and its card.
+        """Return the model as Hugging Face's method does, with its `source` and its `card`.
 
-        A file written with `sparse=True` is recognised by itself, from a folder or the Hub.
+        A file that was saved with `sparse=True` is recognised without being told, in a folder or on
+        the Hub.
         """
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -70,7 +75,7 @@ class SavedModel(PreTrainedModel):
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):  # pyright: ignore
-        """Expand compressed files once transformers has found them."""
+        """Do as transformers does, but expand the files that it found if they are compressed."""
         files = [f for f in checkpoint_files or () if str(f).endswith(".safetensors")]
         if state_dict is None and any([is_compressed(f) for f in files]):
             if "disk" in (load_config.device_map or {}).values():
@@ -93,11 +98,12 @@ class SavedModel(PreTrainedModel):
         sparse: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Save as every Hugging Face model does, with README.md; remember the folder as `source`.
+        """Save the model as Hugging Face's method does, with a README.md and its card.
 
-        sparse: store tensors that are sparse enough as indices and values (compressed.py); the
-        file loads like any other, to the same bits. card.json is written if there is a card and
-        removed if there is none. A README.md that somebody else wrote is left alone.
+        With `sparse`, tensors that are sparse enough are stored as indices and values
+        (compressed.py); the file loads like any other, to the same bits. card.json is written if
+        there is a card and removed if there is none. A README.md that was not written by this
+        library is left alone. The folder becomes the model's `source`.
         """
         hub = {name: kwargs.pop(name) for name in HUB_ONLY if name in kwargs}
         tensors = self.state_dict() if state_dict is None else state_dict
@@ -107,12 +113,13 @@ class SavedModel(PreTrainedModel):
         index = folder / ".".join(["model.safetensors.index", *variant, "json"])
         if is_main_process:
             index.unlink(missing_ok=True)
-        weights = dict(tensors)  # transformers empties it
-        if sparse:  # after which transformers could not see which are tied
+        weights = dict(tensors)  # a copy, since transformers empties the dict
+        # tied weights are removed first: among parts transformers could not see which are tied
+        if sparse:
             weights = compress(remove_tied_weights_from_state_dict(weights, self))
         super().save_pretrained(save_directory, is_main_process, weights, **kwargs)
         if is_main_process:
-            if index.exists():  # transformers would load an older whole file before the shards
+            if index.exists():  # there are shards now; transformers would load an older whole file
                 whole.unlink(missing_ok=True)
             if sparse:
                 for name in _written(whole, index):
@@ -125,7 +132,7 @@ class SavedModel(PreTrainedModel):
     def save_card(self, folder: str | Path) -> None:
         """Write README.md and card.json beside the weights of an earlier save, and no weights.
 
-        As in `save_pretrained`, a README.md that somebody else wrote is left alone.
+        As in `save_pretrained`, a README.md that was not written by this library is left alone.
         """
         files = Path(folder).glob("model*.safetensors")
         self._write_card(folder, compressed=any([is_compressed(file) for file in files]))
@@ -146,8 +153,9 @@ class SavedModel(PreTrainedModel):
     ) -> str:
         """Upload what `save_pretrained` writes and return the commit's address.
 
-        README.md is this model's card, or says that nothing was measured; it replaces the one in
-        the repository. `tags` are added to it; `saving` goes to `save_pretrained`.
+        README.md is written from this model's card, or says that nothing was measured; it replaces
+        the one in the repository. `tags` are added to its metadata. `saving` are further arguments
+        of `save_pretrained`.
         """
         api, source = HfApi(token=token), self.source
         name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -168,7 +176,7 @@ class SavedModel(PreTrainedModel):
         return str(commit)
 
     def _write_card(self, folder: str | Path, **how: Any) -> None:
-        """Write README.md unless it is somebody else's, and card.json where there is a card."""
+        """Write README.md, unless another one is there, and write or remove card.json."""
         readme, facts = Path(folder) / "README.md", Path(folder) / CARD
         if not readme.exists() or OURS in readme.read_text(encoding="utf-8", errors="replace"):
             replace_files(folder, {readme.name: markdown(self, self.card, **how)})
@@ -179,14 +187,14 @@ class SavedModel(PreTrainedModel):
 
 
 def _written(whole: Path, index: Path) -> list[str]:
-    """The names of the weight files that a save has left."""
+    """Return the names of the weight files that a save has written."""
     if not index.exists():
         return [whole.name]
     return sorted(set(json.loads(index.read_text())["weight_map"].values()))
 
 
 def _find_card(place: str | Path, **where: Any) -> Card | None:
-    """The card beside the weights, None where there is none."""
+    """Return the card beside the weights, None where there is none."""
     path = cached_file(
         place,
         CARD,

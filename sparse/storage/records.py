@@ -1,4 +1,4 @@
-"""The one strict reader of saved records: what a file says must be what the class knows."""
+"""The strict reader of saved records: the keys of a file must be the fields of its class."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ def checked(
     complete: bool = False,
     besides: Collection[str] = (),
 ) -> dict[str, Any]:
-    """Return `values` as a dict whose keys are fields of the dataclass `cls`.
+    """Return `values` as a dict, after checking that its keys are fields of the dataclass `cls`.
 
-    A misspelt key is a different experiment, so an unknown one is a ValueError; with `complete` a
-    missing one is too. `besides` are keys that the file has and the class does not, or the other
-    way round. `where` names the record in the error.
+    An unknown key is a ValueError, because a setting that was misspelt and ignored would make
+    another experiment. With `complete` a missing key is a ValueError too. `besides` names keys that
+    belong in `values` although they are not fields, and fields that do not belong there. `where`
+    names the record in the error.
     """
     known = {f.name for f in fields(cls)} ^ set(besides)
     if unknown := sorted(values.keys() - known):

@@ -21,25 +21,30 @@ PADDING = 1.05
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class TaskBatch:
-    """One split as tokens. Rows 0..n-1 are the context_1 of n pairs, rows n..2n-1 their context_2.
+    """One split of a task as tokens; a row is a prompt, that is a context to be continued.
 
-    Rows i and i+n have equal real length; shorter rows are padded on the right, which a causal
-    model never sees from the scored position.
+    Rows 0..n-1 are the context_1 of n pairs, rows n..2n-1 their context_2. Rows i and i+n have
+    equally many tokens, except in some released circuits (`sparse.release.load_circuit`). Shorter
+    rows are padded on the right, after the scored position, so a causal model does not see the
+    padding from there.
     """
 
     task: str
     split: str
     ids: Int[Tensor, "prompt pos"]
     real: Bool[Tensor, "prompt pos"]
-    """False at padding."""
+    """Whether a token is part of the prompt; false at padding."""
     last: Int[Tensor, " prompt"]
-    """Index of the scored position."""
+    """Index of the scored position, that of the prompt's last token."""
     target: Int[Tensor, " prompt"]
+    """The token that should follow."""
     foil: Int[Tensor, " prompt"]
+    """The token that should not follow: the target of the pair's other context."""
     targets: tuple[Targets, ...]
-    """The distinct target strings in use: which of the task's candidates fitted."""
+    """The distinct pairs of target strings in use, from those of the task's candidates that fit the
+    tokenizer."""
     dropped: dict[str, int]
-    """Pairs left out, by reason."""
+    """Number of pairs left out, by reason."""
 
     @property
     def n_pairs(self) -> int:
@@ -47,7 +52,7 @@ class TaskBatch:
         return len(self.ids) // 2
 
     def counterfactual(self) -> Int[Tensor, "prompt pos"]:
-        """Return the ids with every context exchanged for the other one of its pair."""
+        """Return the ids with every context replaced by the other one of its pair."""
         return self.ids.roll(self.n_pairs, dims=0)
 
     def scored(self, logits: Float[Tensor, "prompt pos vocab"]) -> Float[Tensor, "prompt vocab"]:
@@ -69,7 +74,9 @@ class TaskBatch:
 
 
 def task_nats(logits: Float[Tensor, "prompt vocab"], batch: TaskBatch) -> Float[Tensor, " prompt"]:
-    """Two-token binary cross entropy of every prompt, in nats: softplus(foil - target).
+    """Return the task loss of every prompt in nats: the cross entropy over its two tokens.
+
+        softplus(foil - target)     target and foil being the logits of the two tokens
 
     >>> from bridges import load_run
     >>> from sparse import get_task, last_logits, task_nats
@@ -85,13 +92,16 @@ def task_nats(logits: Float[Tensor, "prompt vocab"], batch: TaskBatch) -> Float[
 def logit_difference(
     logits: Float[Tensor, "prompt vocab"], batch: TaskBatch
 ) -> Float[Tensor, " prompt"]:
-    """Logit of the target minus logit of the foil at the scored position, in logits."""
+    """Return the logit of the target minus that of the foil, at the scored position of a prompt."""
     row = torch.arange(len(batch.target), device=logits.device)
     return logits[row, batch.target] - logits[row, batch.foil]
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
-    """Raise unless a model with `vocab_size` logits can belong to this tokenizer."""
+    """Raise ValueError unless a model with `vocab_size` logits can belong to this tokenizer.
+
+    It can where n <= vocab_size <= PADDING n, n being the number of the tokenizer's entries.
+    """
     n = len(tokenizer)
     if not n <= vocab_size <= PADDING * n:
         raise ValueError(

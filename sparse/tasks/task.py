@@ -32,7 +32,11 @@ UNRELATED: tuple[Targets, ...] = ((" is", " when"), (" is", " but"), ("+", "*"),
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pair:
-    """Two contexts of equal length in tokens, each with the token that should follow it."""
+    """Two contexts that differ in one property, each with the text that should follow it.
+
+    A tokenizer must make equally many tokens of both contexts and one token of each target;
+    `Task.batch` checks that.
+    """
 
     context_1: str
     context_2: str
@@ -42,16 +46,21 @@ class Pair:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
-    """Contrasting pairs in three splits: train finds masks, validation chooses k, test reports."""
+    """Contrasting pairs in three splits.
+
+    Masks are learned on train, sizes of circuits are chosen on validation, and test is only
+    reported. A context may be in one split only.
+    """
 
     name: str
     train: tuple[Pair, ...]
     validation: tuple[Pair, ...] = ()
     test: tuple[Pair, ...] = ()
     meaning: str = ""
-    """What a model must know to do it, in one line."""
+    """What a model must know to do the task, in one line."""
     alternatives: tuple[Targets, ...] = ()
-    """Targets to put in the place of every pair's own, in order, when a tokenizer lacks those."""
+    """Targets that replace those of every pair where the tokenizer does not have these as single
+    tokens; tried in order."""
 
     def __post_init__(self) -> None:
         if not self.train:
@@ -95,9 +104,10 @@ class Task:
         return getattr(self, split)
 
     def nonsense(self) -> Task:
-        """Return the twin with the same contexts and splits and two unrelated targets.
+        """Return the nonsense twin: the same contexts and splits, with two unrelated targets.
 
-        A method that finds small circuits of low loss here too is over-expressive: the control.
+        It is the control of a task. Nothing in the contexts tells its targets apart, so a method
+        that finds small circuits of low loss for it too is too expressive.
         """
         first, *rest = UNRELATED
         twin = _with_targets(self, first)
@@ -106,10 +116,16 @@ class Task:
     def batch(self, tokenizer: PreTrainedTokenizerBase, split: str) -> TaskBatch:
         """Return the pairs of `split` as tokens, with the first targets that fit every split.
 
-        Targets fit when each is one token and, in every split that has pairs, at least
-        LEAST_PAIRS remain. A pair is dropped, and counted under its reason, when its contexts
-        differ in length, or when after its context the tokenizer would not produce the target:
-        encode(context + target) must be encode(context) + [target]. Raises ValueError otherwise.
+        Targets fit when each is one token and, in every split that has pairs, at least LEAST_PAIRS
+        pairs remain. A pair is dropped, and counted under its reason in `TaskBatch.dropped`,
+
+        - when its contexts differ in their number of tokens;
+        - when its two targets, or its two contexts, are the same tokens;
+        - when the tokenizer would not produce the target after its context: encode(context +
+          target) must be encode(context) + [target].
+
+        The pairs' own targets are tried first, then `alternatives`. Raises ValueError where none
+        fit, or where the split is empty.
         """
         if not self.pairs(split):
             raise ValueError(f"task {self.name}: the {split} split is empty")
@@ -135,7 +151,7 @@ class Task:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Task:
-        """Read what `to_dict` wrote; unknown keys are an error."""
+        """Return the task that `to_dict` wrote; an unknown key is a ValueError."""
         values = checked(cls, values, "task")
         for split in SPLITS:
             values[split] = tuple(_pair(p, f"task {split}") for p in values.get(split, ()))
@@ -144,10 +160,11 @@ class Task:
 
     @classmethod
     def from_jsonl(cls, path: str | Path) -> Task:
-        """Read one pair per line: context_1, context_2, target_1, target_2, and optionally split.
+        """Return the task in a .jsonl file: one pair per line, and the file's name as its name.
 
-        Of the pairs without a split, in order, the first three of every five go to train, the
-        fourth to validation, the fifth to test. Errors name the line.
+        A line is an object with context_1, context_2, target_1, target_2, and optionally split. Of
+        the pairs without a split, in order, the first three of every five go to train, the fourth
+        to validation, the fifth to test. Raises ValueError naming the line that cannot be read.
         """
         path = Path(path)
         found: dict[str, list[Pair]] = {split: [] for split in SPLITS}
@@ -174,6 +191,7 @@ class Task:
 
 
 def _with_targets(task: Task, targets: Targets) -> Task:
+    """Return the task with these two targets in every pair."""
     new = {"target_1": targets[0], "target_2": targets[1]}
     return replace(task, **{s: tuple(replace(p, **new) for p in task.pairs(s)) for s in SPLITS})
 
@@ -183,7 +201,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[li
 
 
 def _single(tokenizer: PreTrainedTokenizerBase, targets: set[str]) -> dict[str, int]:
-    """Return the one token of each target, or raise and show what it was split into."""
+    """Return the one token of each target; raise ValueError for a target of several tokens."""
     ordered = sorted(targets)
     found: dict[str, int] = {}
     for text, ids in zip(ordered, _encode(tokenizer, ordered), strict=True):
@@ -201,7 +219,10 @@ def _single(tokenizer: PreTrainedTokenizerBase, targets: set[str]) -> dict[str, 
 
 
 def _fit(task: Task, tokenizer: PreTrainedTokenizerBase, split: str) -> TaskBatch:
-    """Encode one split, dropping the pairs that do not fit; raise when too few remain."""
+    """Return one split as tokens, without the pairs that do not fit (`Task.batch`).
+
+    Raises ValueError when too few remain.
+    """
     pairs = task.pairs(split)
     token = _single(tokenizer, {t for p in pairs for t in (p.target_1, p.target_2)})
     first = _encode(tokenizer, (p.context_1 for p in pairs))

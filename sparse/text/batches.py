@@ -1,10 +1,10 @@
-"""Text to ids: documents packed into blocks, served in batches that resume exactly.
+"""Batches of packed text, which a resumed run continues exactly where it stopped.
 
-    pack              blocks  Int[block pos]    text_1 eos text_2 eos ..., cut every `length`
-    Batches           ids     Int[batch pos]    a pure function of (seed, step)
-    StreamingBatches  ids     Int[batch pos]    from rows too many for memory; its state resumes it
+    pack              blocks  Int[block pos]    text_1 eos text_2 eos ..., cut every `length` tokens
+    Batches           ids     Int[batch pos]    each batch a pure function of (seed, step)
+    StreamingBatches  ids     Int[batch pos]    from more rows than memory holds, read one by one
 
-The documents come from `corpus.py`.
+The documents come from corpus.py; `pack` is in pack.py.
 """
 
 import hashlib
@@ -25,7 +25,10 @@ from .pack import encode, end_of_text, text_hash, tokenizer_rules
 
 
 def _check_identity(mine: dict[str, Any], state: dict[str, Any], who: str) -> None:
-    """Refuse a state that says something else than `mine`; what either leaves open is not asked."""
+    """Raise ValueError where `state` differs from `mine`, the identity of these batches.
+
+    A key that is missing or None on either side is not compared.
+    """
     known = {k: v for k, v in mine.items() if v is not None and state.get(k) is not None}
     if differ := [k for k, v in known.items() if state[k] != v]:
         changes = "; ".join(f"{k}: {state[k]} there, {mine[k]} here" for k in differ)
@@ -36,12 +39,13 @@ def _check_identity(mine: dict[str, Any], state: dict[str, Any], who: str) -> No
 
 
 class Batches:
-    """Batches of blocks without end, reshuffled each epoch; the batch at a step is a pure function.
+    """Endless batches of blocks, reshuffled each epoch; a batch depends on seed and step alone.
 
         at(t) = blocks[perm(seed, epoch)[i B : (i + 1) B]],    epoch, i = divmod(t, n_blocks // B)
 
-    Blocks that do not fill a batch wait for another epoch's permutation. Iterating starts at
-    `step`, which is all the state there is.
+    B is `batch_size`. The blocks at the end of a permutation that do not fill a batch are left out
+    of that epoch. Iteration starts at `step`, the number of the next batch, which is the whole
+    state. Raises ValueError where there are fewer than B blocks.
     """
 
     def __init__(self, blocks: Int[Tensor, "block pos"], batch_size: int, seed: int = 0) -> None:
@@ -75,11 +79,14 @@ class Batches:
             yield self.at(self.step - 1)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the step of the next batch, and what tells these batches from others."""
+        """Return the step of the next batch, and what identifies these batches.
+
+        They are identified by the hash of the blocks, their length, the batch size and the seed.
+        """
         return {"step": self.step, **self._identity}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue at the step of a `state_dict`; one of other batches is refused."""
+        """Continue at the step of a `state_dict`; a state of other batches is a ValueError."""
         _check_identity(self._identity, state, "Batches")
         self.step = state["step"]
 
@@ -91,17 +98,19 @@ class Batches:
 
 
 class StreamingBatches:
-    """Batches without end from rows read one by one, as from a Hugging Face `IterableDataset`.
+    """Endless batches from rows that are read one by one, such as a Hugging Face `IterableDataset`.
 
-    Documents are packed as by `pack`, in the order of the rows; tokens left over wait for the next
-    batch. The state is that of the rows and those tokens, so that a run continues at the very next
-    token. There is no `at(step)`: a stream cannot be entered anywhere. (A shuffle buffer of
-    `datasets` is not part of its state; shuffle the shards, or the rows beforehand.)
+    Documents are packed as by `pack`, in the order of the rows; tokens left over go into the next
+    batch. The state is the state of the rows and those tokens, so that a run continues at the very
+    next token. There is no `at(step)`, because a stream cannot be entered at any place. (The state
+    of a `datasets` stream does not hold its shuffle buffer; shuffle the shards, or the rows
+    beforehand.)
 
-    A state of other rows is refused as far as it can be told: by the first row, the tokenizer, the
-    column, part, length and batch size.
+    `part` says which documents are taken: those that `load_corpus` would put into "train" or
+    "validation" at this `validation_share`, or "all".
 
-    `part` names the documents taken: those that `load_corpus` would put there, or "all".
+    The state of other batches is refused as far as it can be told apart: by the first row, the
+    tokenizer, the column, the part, its share, the length and the batch size.
     """
 
     def __init__(
@@ -145,7 +154,10 @@ class StreamingBatches:
             yield batch
 
     def _next_document(self) -> list[int]:
-        """Return the tokens of the next row of the part; after the last row comes the first."""
+        """Return the tokens and end of text of the next document of the part.
+
+        After the last row, the rows begin anew with the next epoch.
+        """
         while True:
             if self._reader is None:
                 self._reader = iter(self.rows)
@@ -160,6 +172,7 @@ class StreamingBatches:
                 return [*encode(self.tokenizer, [text])[0], self.eos]
 
     def _takes(self, text: str) -> bool:
+        """Return whether a document belongs to the part."""
         held_out = self.part == "validation"
         return self.part == "all" or is_validation(text, self.share) == held_out
 
@@ -174,7 +187,10 @@ class StreamingBatches:
             self.rows.set_epoch(self.epoch)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what continues the stream at its next token; it holds plain numbers only."""
+        """Return the state that continues the stream at its next token, as plain values.
+
+        Besides the identity of the batches it holds the state of the rows and the tokens left over.
+        """
         return {
             "step": self.step,
             "epoch": self.epoch,
@@ -195,12 +211,12 @@ class StreamingBatches:
         }
 
     def _read_first(self) -> None:
-        """Learn the hash of the first row; the rows are left to be loaded."""
+        """Read the first row for its hash; `load_state_dict` then sets the rows to their place."""
         if (row := next(iter(self.rows), None)) is not None:
             self._first = text_hash(text_of(row, self.text_column, "a row of the stream"))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` was taken; a state of other batches is refused."""
+        """Continue where `state_dict` was taken; a state of other batches is a ValueError."""
         if self._first is None and state.get("first_row") is not None:
             self._read_first()
         _check_identity(self._identity, state, "StreamingBatches")
@@ -219,10 +235,10 @@ def first_blocks(
     part: Literal["train", "validation", "all"] = "validation",
     **fields: Any,
 ) -> Int[Tensor, "block pos"]:
-    """Return the first `n` blocks of a part of a stream, fewer where the rows end before.
+    """Return the first `n` blocks of a part of a stream, or all there are if these are fewer.
 
-    No row is read beyond them; `fields` are those of `StreamingBatches`. Raises ValueError if there
-    is not one full block.
+    No row is read beyond the n-th block. `length` is the tokens per block, and `fields` are further
+    arguments of `StreamingBatches`. Raises ValueError if there is not one full block.
 
     >>> from dense import tiny
     >>> from sparse import first_blocks, stream_corpus

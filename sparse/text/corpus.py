@@ -1,4 +1,8 @@
-"""A corpus: documents in a fixed order, placed in training or validation by their own content."""
+"""Corpora: documents in a fixed order, split into training and validation by their content.
+
+`load_corpus` reads them into memory, `stream_corpus` one by one; pack.py and batches.py make tokens
+of them.
+"""
 
 import hashlib
 import json
@@ -14,8 +18,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 SUFFIXES = (".txt", ".jsonl", ".py", ".md")
-SEPARATOR = "<|endoftext|>"
-PASSAGE = 2_000  # characters: the least a passage of a single text file holds
+SEPARATOR = "<|endoftext|>"  # stands between the documents of a .txt file
+PASSAGE = 2_000  # characters: the least that a passage holds, but for the last of a file
 AT_ONCE = 1 << 20  # characters read at a time of a file that holds many documents
 
 
@@ -24,7 +28,7 @@ class Corpus:
     """Documents in a fixed order, split by content into training and validation."""
 
     name: str
-    """What was read, for cards and logs."""
+    """The name of the source, for cards and logs."""
     train: list[str]
     """Training documents."""
     validation: list[str]
@@ -50,13 +54,21 @@ def load_corpus(
 
         document is validation  iff  sha256(document) / 2^256 < validation_share
 
-    so no document is in both, copies stay together, and adding one document moves no other.
+    So no document is in both, copies of a document stay together, and adding a document moves no
+    other. `source` is one of
 
-    `source` is None (the sources of Python's standard library), a .txt file (cut at lines of
-    `<|endoftext|>`, or else at blank lines into passages), a .jsonl file (one document per row, in
-    `text_column`), a folder of .txt, .jsonl, .py and .md files, or the name of a Hugging Face
-    dataset (extra `data`), of which `split`, `config` and `revision` select the rows. `documents`
-    keeps the first so many; with `streaming` only those are downloaded.
+    - None: the sources of Python's standard library;
+    - a .txt file, cut into documents at `<|endoftext|>`, or without this mark at blank lines into
+      passages of at least 2,000 characters;
+    - a .py or .md file, cut into such passages;
+    - a .jsonl file: one document per line, in `text_column`;
+    - a folder of .txt, .jsonl, .py and .md files, which are whole documents, but for a .jsonl file
+      and a .txt file with the mark;
+    - the name of a Hugging Face dataset (needs the extra `data`), of which `split`, `config` and
+      `revision` select the rows.
+
+    `documents` keeps only that many, the first ones; with `streaming` a dataset is downloaded no
+    further.
 
     Raises ValueError if a column is missing or a split is left empty, FileNotFoundError if a path
     does not exist, ImportError without the extra `data`.
@@ -86,7 +98,7 @@ def load_corpus(
 
 
 def is_validation(document: str, share: float = 0.05) -> bool:
-    """Say whether a document belongs to validation: sha256(document) / 2^256 < share."""
+    """Return whether a document belongs to validation: sha256(document) / 2^256 < share."""
     digest = hashlib.sha256(document.encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
@@ -134,10 +146,10 @@ def stream_corpus(
     config: str | None = None,
     revision: str | None = None,
 ) -> Any:
-    """Return the documents of `load_corpus(source)` as rows, read one by one, for StreamingBatches.
+    """Return the documents of `load_corpus(source)` as rows that are read one by one.
 
-    Files give `Documents`, the name of a Hugging Face dataset its streamed rows. Errors are those
-    of `load_corpus`.
+    The rows are what `StreamingBatches` takes: for files a `Documents`, for the name of a Hugging
+    Face dataset its streamed rows. Errors are those of `load_corpus`.
 
     >>> from sparse import stream_corpus
     >>> rows = stream_corpus()
@@ -150,11 +162,13 @@ def stream_corpus(
 
 
 class Documents:
-    """The documents of files, row by row, and which comes next (`state_dict`).
+    """The documents of files as rows, {text_column: text}, with a state that says which is next.
 
-    One file is open at a time; of a .jsonl file and of a .txt file that is cut into documents only
-    the piece at hand is in memory. Every file is looked through once before its first document.
-    Going back to a document reads its file from the beginning.
+    One file is open at a time. A .py file, and any other file that is one document, is in memory
+    as a whole; of a .jsonl file, or a file that is cut into documents, only the piece at hand is.
+    Every file but a .py file is read through once before its first document, to see whether it can
+    be decoded and where it is to be cut. To continue at a document, its file is read from the
+    beginning.
     """
 
     def __init__(
@@ -176,12 +190,15 @@ class Documents:
         self.file = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the name of the file and the number of the document in it that come next."""
+        """Return the file and the number of the document in it that come next.
+
+        The file is None where all have been read.
+        """
         at = self.files[self.file][0] if self.file < len(self.files) else None
         return {"file": at, "document": self.document}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue at the document of a `state_dict`; the file must still be there."""
+        """Continue at the document of a `state_dict`; ValueError if its file is not there."""
         labels = [label for label, _ in self.files]
         if state["file"] is not None and state["file"] not in labels:
             raise ValueError(
@@ -193,7 +210,11 @@ class Documents:
 
 
 def _files(source: str | Path | None) -> tuple[str, list[tuple[str, Path]], bool] | None:
-    """Return a name, the files (label, path) and whether it is one file; None for a dataset."""
+    """Return the name of a source, its files (label, path), and whether it is a single file.
+
+    Returns None for what may be the name of a dataset. Raises ValueError for a file of an unknown
+    kind and FileNotFoundError for a path that does not exist.
+    """
     if source is None:
         root = Path(sysconfig.get_path("stdlib"))
         return (
@@ -230,9 +251,13 @@ def _below(root: Path, suffixes: tuple[str, ...]) -> list[tuple[str, Path]]:
 def _file(
     path: Path, label: str, text_column: str, skipped: Counter[str], alone: bool
 ) -> Iterator[tuple[str, str]]:
-    """Yield the documents of one file; a lone text file is cut so that it can be split."""
+    """Yield (label, text) for every document of one file.
+
+    `alone` says that the file is the whole source. It is then cut into passages, because training
+    and validation need documents of their own. Files that cannot be read are counted in `skipped`.
+    """
     try:
-        if path.suffix == ".py":  # in the coding that it declares
+        if path.suffix == ".py":  # it declares its own coding
             with tokenize.open(path) as file:
                 whole, marked = file.read(), False
         else:
@@ -260,7 +285,11 @@ def _file(
 
 
 def _marked(path: Path) -> bool:
-    """Read a file through; say whether it is a .txt file with marks between its documents."""
+    """Return whether a file is a .txt file with marks (SEPARATOR) between its documents.
+
+    The file is read to its end, so that one which is not UTF-8 raises UnicodeDecodeError here,
+    before any of its documents was used.
+    """
     found, end = False, ""
     with path.open(encoding="utf-8") as file:
         while part := file.read(AT_ONCE):
@@ -270,7 +299,7 @@ def _marked(path: Path) -> bool:
 
 
 def _cut(file: TextIO, mark: str) -> Iterator[str]:
-    """Yield what stands between the marks, as `file.read().split(mark)`."""
+    """Yield the text between the marks, the pieces of `file.read().split(mark)`."""
     held = ""
     while part := file.read(AT_ONCE):
         *done, held = (held + part).split(mark)
@@ -279,7 +308,7 @@ def _cut(file: TextIO, mark: str) -> Iterator[str]:
 
 
 def _passages(paragraphs: Iterable[str]) -> Iterator[str]:
-    """Join paragraphs to passages of `PASSAGE` characters or more; the last may be less."""
+    """Yield paragraphs joined to passages of `PASSAGE` characters or more; the last may be less."""
     held = ""
     for paragraph in paragraphs:
         held += paragraph + "\n\n"
@@ -305,7 +334,10 @@ def _row(line: str, path: Path, number: int) -> dict[str, Any]:
 
 
 def text_of(row: dict[str, Any], column: str, where: str) -> str:
-    """Return the text of a row; raise ValueError, naming the columns, if `column` holds none."""
+    """Return the text in `column` of a row; raise ValueError, naming the columns, if it has none.
+
+    `where` is the place that the message names.
+    """
     text = row.get(column)
     if not isinstance(text, str):
         raise ValueError(

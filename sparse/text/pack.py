@@ -31,8 +31,9 @@ def pack(
 
         text_1 eos text_2 eos ... text_n eos,  cut every `length` tokens, the remainder dropped
 
-    With `cache`, a folder, the blocks are kept there in a file named by a hash of texts, tokenizer
-    and length. Raises ValueError without an end-of-text token or if there is not one full block.
+    eos is the tokenizer's end of text; no other special token is added. With `cache`, a folder, the
+    blocks are kept there in a file named by a hash of texts, tokenizer and length. Raises
+    ValueError without an end-of-text token or if there is not one full block.
 
     >>> from dense import tiny
     >>> from sparse import pack
@@ -68,7 +69,10 @@ def pack(
 
 
 def estimated_tokens(corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return about how many tokens `pack` would make of a corpus, from 64 of its documents.
+    """Return about how many tokens `pack` would make of a corpus.
+
+    It counts the tokens of every n-th document, at least 64 of them (or all, if there are fewer),
+    and multiplies by the characters of all documents over those of the ones counted.
 
     >>> from dense import tiny
     >>> from sparse import estimated_tokens, load_corpus
@@ -82,7 +86,7 @@ def estimated_tokens(corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Return the tokens of every text, without special ones."""
+    """Return the tokens of every text, without special tokens."""
     return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)[
         "input_ids"
     ]  # type: ignore
@@ -106,7 +110,7 @@ def _key(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int) 
 
 
 def tokenizer_rules(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What decides the ids of a text."""
+    """Return a text that says how a tokenizer makes ids; its hash tells tokenizers apart."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = backend.to_str() if backend else f"{tokenizer!r}{sorted(tokenizer.get_vocab().items())}"
     return f"{end_of_text(tokenizer)} {rules}"

@@ -1,4 +1,7 @@
-"""What a training run is told, and what it reads its batches from."""
+"""The settings of a training run (`TrainConfig`), and what it needs of its batches (`BatchSource`).
+
+loop.py reads both.
+"""
 
 from __future__ import annotations
 
@@ -14,38 +17,44 @@ from torch import Tensor
 class TrainConfig:
     """How long to train, how often to save, where to write. Times are in optimizer steps.
 
-    A resumed run may change `folder`, the four fields that say how often something is written, and
-    on how many processes it runs: nothing that is computed depends on them (dropout does on the
-    last, and rounding).
+    A resumed run must have the settings it was started with, except for `folder`, `log_every`,
+    `evaluate_every`, `checkpoint_every`, `keep_checkpoints`, `processes` and `shard`. Nothing that
+    is computed depends on these seven, but for rounding and for dropout, which depend on the number
+    of processes.
     """
 
     steps: int
-    """Optimizer steps in all; the schedules stretch over them."""
+    """Number of optimizer steps of the whole run. Every schedule (learning rate, sparsity) is
+    stretched over it."""
     folder: str
     """Where log.jsonl and checkpoints/ go."""
     seed: int = 0
     """Fixes every random choice of the run."""
     log_every: int = 10
-    """Optimizer steps between lines of the log. Where several processes train together they also
-    agree here, and only here, whether one of them was asked to stop."""
+    """Optimizer steps between lines of the log. Several processes that train together also tell
+    each other at these steps, and at no others, whether one of them was asked to stop."""
     evaluate_every: int = 0
-    """Optimizer steps between evaluations, 0 for none but the last."""
+    """Optimizer steps between evaluations. 0 evaluates only after the last step."""
     checkpoint_every: int = 200
     """Optimizer steps between checkpoints."""
     keep_checkpoints: int = 2
     """How many checkpoints stay on disk."""
     accumulate: int = 1
-    """Forward and backward passes per optimizer step, each on an equal share of the batch. The
-    gradient is that of the whole batch, up to rounding, for losses that are means over it."""
+    """Number of forward and backward passes per optimizer step, each on an equal share of the
+    batch. For a loss that is a mean over the batch, the gradient is that of the whole batch, up to
+    rounding."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    """Autocast of the forward pass; parameters, gradients and moments stay float32. "fp16" scales
-    the loss, takes the scale off again before the gradients are looked at, and needs CUDA."""
+    """Precision of the forward pass under autocast. Parameters, gradients and Adam's moments stay
+    float32. "fp16" multiplies the loss by a scale, so that small gradients do not vanish, and
+    divides the gradients by it before they are normalised; it needs CUDA."""
     processes: int | None = None
-    """How many processes must train together; None takes what the launcher started, and refuses a
-    launch of several that came out as one."""
+    """How many processes must train together; any other number is a ValueError. None accepts the
+    number that the launcher started, but refuses a launch that asked for several processes and
+    started one."""
     shard: bool = False
-    """Whether each process holds only its share of the parameters, gradients and moments (FSDP2),
-    gathered for every pass. The numbers are those without, up to rounding."""
+    """Whether each process holds only its share of the parameters, gradients and moments (FSDP2).
+    The parameters are gathered for every pass. The results are those of a run without sharding, up
+    to rounding."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "log_every", "checkpoint_every", "keep_checkpoints", "accumulate"):
@@ -61,7 +70,11 @@ class TrainConfig:
 
 @runtime_checkable
 class BatchSource(Protocol):
-    """Batches in a fixed order that can be left and taken up again."""
+    """Batches in a fixed order, with a state from which iteration resumes.
+
+    `state_dict` returns the state after the batches yielded so far, and `load_state_dict` continues
+    from there. `sparse.text.batches.Batches` is one such source.
+    """
 
     def __iter__(self) -> Iterator[Int[Tensor, "batch pos"]]: ...
 

@@ -1,4 +1,7 @@
-"""Parameters that are updated alike: learning rate, gradient scaling, decay."""
+"""Groups of parameters that share a learning rate, a gradient scaling and a weight decay.
+
+loop.py applies them in every optimizer step (docs/method.md#the-training-step).
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,11 @@ from .shard import own, sum_over_shards
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Parameters that share a learning rate and one pooled gradient size.
+    """Parameters that share a learning rate and one gradient size r.
 
-    r = root mean square of the gradients over all entries of the group
-    (docs/method.md#the-training-step).
+        r = ||g||_2 / sqrt(n)    over the gradients g of all n entries of the group together
+
+    (docs/method.md#the-training-step.)
     """
 
     name: str
@@ -26,20 +30,23 @@ class Group:
     """Learning rate as a pure function of the optimizer step."""
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 0.1
-    """Adam's eps, in units of the scaled gradient."""
+    """Adam's eps, in units of the gradient after `scaling`."""
     scaling: Literal["normalise", "clip", "none"] = "normalise"
     """"normalise": g <- g / (r + 1e-5), which also scales small gradients up. "clip":
     g <- g / max(r, 1). "none": g as it is."""
     weight_decay: float = 0.1
     """p <- p - weight_decay * lr * p for `decayed` parameters."""
     decay: Literal["after_projection", "adamw"] = "after_projection"
-    """When: "after_projection" at the end of the step, "adamw" before Adam's update."""
+    """When the parameters decay: "after_projection" at the end of the step, after the weights were
+    projected to their budget, or "adamw" before Adam's update."""
     decayed: frozenset[str] = frozenset()
-    """Names of the parameters that decay."""
+    """Names of the parameters that decay, among the keys of `params`."""
 
 
 def warmup_decay(step: int, steps: int, warmup: float = 0.01) -> float:
-    """Return t/w below w = floor(warmup * steps), then 1 - (t-w)/(steps-w).
+    """Return the factor of the learning rate at t = `step`: it rises to 1, then falls towards 0.
+
+        t / w    for t < w = floor(warmup * steps),    else 1 - (t - w) / (steps - w)
 
     (docs/method.md#learning-rate.)
     """
@@ -49,7 +56,11 @@ def warmup_decay(step: int, steps: int, warmup: float = 0.01) -> float:
 
 @torch.no_grad()
 def scale_(params: list[nn.Parameter], how: Literal["normalise", "clip", "none"]) -> Tensor:
-    """Scale the gradients as `Group.scaling` says; return their root mean square before."""
+    """Scale the gradients in place as `Group.scaling` says; return r, their size before that.
+
+    r is the root mean square over all entries of `params`, a 0-d tensor. Parameters without a
+    gradient count as zeros. Gradients that are sharded among processes give the r of all shards.
+    """
     grads = [p.grad for p in params if p.grad is not None]
     n = sum(p.numel() for p in params)
     norms = torch.stack(torch._foreach_norm(own(grads)))  # pyright: ignore
@@ -62,7 +73,7 @@ def scale_(params: list[nn.Parameter], how: Literal["normalise", "clip", "none"]
 
 @torch.no_grad()
 def decay_(group: Group, lr: float) -> None:
-    """p <- p - weight_decay * lr * p for the group's decayed parameters."""
+    """Shrink the group's decayed parameters in place: p <- p - weight_decay * lr * p."""
     decayed = [group.params[name] for name in sorted(group.decayed)]
     if decayed and group.weight_decay:
         torch._foreach_mul_(own(decayed), 1 - group.weight_decay * lr)  # pyright: ignore

@@ -1,4 +1,4 @@
-"""What a language model is worth on held-out text, beside the control of token frequencies."""
+"""The loss of a language model on held-out text, and its control: a model of token counts."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ def heldout_nats(
     batches: Iterable[Int[Tensor, "_ pos"]],
     accelerator: Accelerator | None = None,
 ) -> float:
-    """Return the cross entropy over all predicted tokens of `batches`, in nats per token.
+    """Return the mean cross entropy over all predicted tokens of `batches`, in nats per token.
 
-    With an accelerator its processes share the batches; all of them return the same number.
+    With an `accelerator`, its processes share the batches and all return the same number. Raises
+    ValueError where `batches` hold no token to predict.
 
     >>> from bridges import load_run
     >>> from sparse import heldout_nats, unigram_nats
@@ -56,11 +57,12 @@ def unigram_nats(
     batches: Iterable[Int[Tensor, "_ _"]],
     vocab_size: int,
 ) -> float:
-    """Return what knowing only how often each token occurs in `blocks` costs on `batches`.
+    """Return the cross entropy on `batches` of a model that knows only token counts (a unigram).
 
         -mean log q(v),   q(v) = (count of v in blocks + 1) / (tokens in blocks + vocab_size)
 
-    over the same tokens as `heldout_nats`, in nats per token: the control of a language model.
+    The mean is over the same predicted tokens as in `heldout_nats`, in nats per token. It is the
+    control of a language model: one that uses its context should score below it.
 
     >>> import torch
     >>> from sparse import unigram_nats

@@ -1,4 +1,8 @@
-"""The one training loop: order of operations, learning rates, gradient scaling, decay."""
+"""The one training loop, `fit`: it trains a sparse model alone, and a twin with its bridges.
+
+The settings are in config.py, the groups of parameters in groups.py, the log and the checkpoints in
+run_state.py, and what concerns several processes in processes.py and shard.py.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +26,11 @@ from .shard import gathered, prepared
 
 @runtime_checkable
 class Trainable(Protocol):
-    """A module whose forward returns the weighted losses; their sum is what we descend."""
+    """A module that `fit` can train.
+
+    Calling it with (ids, step) returns the loss terms by name, each already multiplied by its
+    weight. Their sum is minimised. `groups` returns the parameters to train.
+    """
 
     def __call__(self, ids: Tensor, step: int) -> dict[str, Tensor]: ...
 
@@ -31,10 +39,17 @@ class Trainable(Protocol):
 
 @runtime_checkable
 class NeedsWhole(Protocol):
-    """A module whose losses on a part of a batch depend on the rest of it."""
+    """A module whose losses on one part of a batch depend on the other parts too.
+
+    A ratio of sums over the batch is such a loss. It matters only where `TrainConfig.accumulate`
+    cuts the batch into parts.
+    """
 
     def of_whole(self, parts: Sequence[Tensor]) -> Sequence[Any]:
-        """Return, per part, what `forward` takes after the step; called before the first part."""
+        """Return one value per part, which `forward` gets as its third argument after the step.
+
+        `fit` calls this with all parts of a batch before it runs the first of them.
+        """
         ...
 
 
@@ -47,18 +62,29 @@ def fit(
     accelerator: Accelerator | None = None,
     identity: dict[str, Any] | None = None,
 ) -> None:
-    """Train `module` on `batches`, resuming from the newest checkpoint in `config.folder`.
+    """Train `module` (a `Trainable`) in place, resuming from a checkpoint in `config.folder`.
 
-    One step t (docs/method.md#the-training-step): learning rates of t; losses and their backward;
-    the pooled gradient of each group scaled; Adam; `after_step(t)`, which projects and may return
-    numbers to log;
-    weight decay. Every choice is a function of t and the seed, so a resumed run gives the losses
-    of an undisturbed one bit for bit. `identity` is what must not change between the two.
+    One optimizer step t does this, in order (docs/method.md#the-training-step):
 
-    Every process calls `after_step` and `evaluate`; where `config.shard` splits the parameters,
-    they are split in `after_step` (`shard.whole_` gathers one) and whole in `evaluate`. SIGINT and
-    SIGTERM let the step end, save, and raise Interrupted; of several processes one is enough, and
-    all stop at the next line of the log.
+        1. run the losses of one batch forward and backward
+        2. scale the gradients of each group by their common size (`groups.scale_`)
+        3. decay the weights of groups with decay "adamw"
+        4. take Adam's step at the learning rates of t
+        5. call `after_step(t)`, which projects the weights and may return numbers to log
+        6. decay the weights of groups with decay "after_projection" (the default)
+
+    Every random choice is a function of t and the seed, so that a run which was stopped and resumed
+    from its newest checkpoint has the losses of an undisturbed one, bit for bit. `identity` holds
+    further settings that must be the same in both; a checkpoint with others is a ValueError.
+
+    Every process calls `after_step` and `evaluate`. With `config.shard` the parameters are still
+    split among the processes in `after_step` (`shard.whole_` gathers one of them), and whole in
+    `evaluate`.
+
+    SIGINT and SIGTERM let the step under way end; then the state is saved and Interrupted is
+    raised. Where several processes train, a signal to one is enough, and all stop at the next step
+    that writes a line of the log. A signal during the last step raises nothing, since the run is
+    complete then.
     """
     accelerator = accelerator_for(config, accelerator)
     with prepared(module, accelerator, config.shard) as wrapped:
@@ -79,7 +105,7 @@ def _steps(
     after_step: Callable[[int], dict[str, float] | None] | None,
     evaluate: Callable[[], dict[str, float]] | None,
 ) -> str:
-    """Take the steps that are left; return "", or why they stopped before the last."""
+    """Take the steps that are left; return "", or what stopped the run before its last step."""
     config, accelerator, step = run.config, run.accelerator, run.resume()
     bar = _bar(config.steps, step, accelerator)
     with bar, stop_requests() as stop:
@@ -106,7 +132,7 @@ def _steps(
                 with gathered(wrapped):
                     run.write({"step": step} | {f"val/{n}": v for n, v in evaluate().items()})
             if halt or last or step % config.checkpoint_every == 0:
-                run.read(step, losses, rms)  # never save what a broken step left
+                run.read(step, losses, rms)  # raises if a number is not finite: never save that
                 run.save(step)
             if halt and not last:
                 who = stop[0] if stop else "a signal to another process"
@@ -122,7 +148,10 @@ def _backward(
     config: TrainConfig,
     accelerator: Accelerator,
 ) -> dict[str, Tensor]:
-    """Leave the gradient of the batch in the parameters and return its losses."""
+    """Put the gradient of the batch's total loss into the parameters; return its loss terms.
+
+    The batch is run in `config.accumulate` parts. A term is the mean over the parts.
+    """
     wrapped.zero_grad(set_to_none=True)
     n, total = config.accumulate, {}
     parts, known = ids.chunk(n), [()] * n
@@ -142,7 +171,10 @@ def _backward(
 def _update(
     groups: list[Group], optimizer: Any, lr: dict[str, float], accelerator: Accelerator
 ) -> dict[str, Tensor]:
-    """Scale the gradients, decay where AdamW does, take Adam's step; return the gradients' RMS."""
+    """Scale the gradients, decay as AdamW does where asked, and take Adam's step.
+
+    Returns the root mean square of each group's gradients before scaling, by the group's name.
+    """
     accelerator.unscale_gradients(optimizer)
     rms = {g.name: scale_(list(g.params.values()), g.scaling) for g in groups}
     for group, slot in zip(groups, optimizer.param_groups, strict=True):
@@ -162,7 +194,7 @@ def _bar(steps: int, done: int, accelerator: Accelerator) -> tqdm:
 
 
 def _seed(seed: int, step: int, rank: int) -> None:
-    """What a module draws in a step (dropout) depends on these alone."""
+    """Seed torch for one step of one process, so that dropout depends on these three alone."""
     torch.manual_seed(seed_of(seed, step, rank))
 
 

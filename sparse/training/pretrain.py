@@ -5,19 +5,19 @@ One optimizer step t of S, in this order:
     rho_t, e_t   densities of matrices and embeddings              SparsityConfig.densities
     lr_t         = lr * warmup_decay(t) * sharkfin(rho_t)
     g            gradient of the cross entropy of position j on token j+1, nats per token
-    r            = ||g||_2 / sqrt(n)   over all n parameters together
+    r            = ||g||_2 / sqrt(n)   over all n entries of all parameters together
     g            <- g / (r + 1e-5)
     p            <- Adam(g), betas 0.9 and 0.95, eps 0.1, no decay of its own
     p            <- the floor(density * numel) largest entries of every projected tensor
     p            <- p - weight_decay * lr_t * p    for matrices and tables, not the bigram table
 
-After step t a projected tensor has exactly its budget of nonzero entries, less one for every entry
-that was chosen while itself exactly zero (a slice with fewer nonzeros than its floor, or a tensor
-with fewer than its budget).
+After step t a projected tensor has exactly as many nonzero entries as its budget, with one
+exception: the projection may have to choose entries that are zero, and these stay zero. That
+happens where a row or column has fewer nonzeros than its floor, or a tensor fewer than its budget.
 
-The sources differ, and a field decides each difference. "Authors" is their released script,
-"replication" an independent one (docs/method.md#where-sources-differ); `gao2025`
-takes the last column.
+The published sources differ from each other, and for each difference a field of a config decides
+which of them is followed. "Authors" is the authors' released script, "replication" an independent
+one (docs/method.md#where-sources-differ), and the last column is what `gao2025` (recipes.py) takes.
 
     field                paper           authors             replication     gao2025
     -- PretrainConfig
@@ -43,7 +43,8 @@ takes the last column.
     -- TrainConfig
     mixed_precision      not said        fp16                bf16 weights    no
 
-Refused rather than offered: floors above the budget, weights in bfloat16 (docs/method.md#pitfalls).
+Two variants are not offered: floors that exceed the budget, and weights held in bfloat16
+(docs/method.md#pitfalls).
 """
 
 from __future__ import annotations
@@ -80,21 +81,23 @@ class PretrainConfig:
     sparsity: SparsityConfig = field(default_factory=SparsityConfig)
     """How sparse the weights become and when."""
     lr: float = 1.28e-2
-    """Learning rate that the schedules multiply; with the sharkfin "normalised", it is in units of
-    the normalised gradient at the final density."""
+    """Peak learning rate, which the schedules multiply. With the sharkfin "normalised" it is the
+    rate at the final density."""
     warmup: float = 0.01
     """Share of the steps over which the learning rate rises from 0, in [0, 1)."""
     sharkfin: Literal["normalised", "unnormalised", "none"] = "normalised"
-    """The factor of the learning rate while annealing. "normalised": sqrt(rho_T / rho_t), 1 at the
-    end. "unnormalised": 1 / sqrt(rho_t), which is 1/sqrt(rho_T) times as much. "none": 1."""
+    """Factor of the learning rate that follows rho_t, the density of the matrices at step t (rho_T
+    at the end); the paper calls it the sharkfin (docs/method.md#learning-rate). "normalised":
+    sqrt(rho_T / rho_t), which ends at 1. "unnormalised": 1 / sqrt(rho_t), which is 1/sqrt(rho_T)
+    times as much. "none": 1."""
     scaling: Literal["normalise", "clip", "none"] = "normalise"
-    """What happens to the pooled gradient of root mean square r: `Group.scaling`."""
+    """How the gradients are scaled by their common root mean square r: `Group.scaling`."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Adam's averages of the gradient and of its square, in [0, 1)."""
+    """Decay rates of Adam's running means of the gradient and of its square, in [0, 1)."""
     eps: float = 0.1
-    """Adam's eps, in units of the scaled gradient."""
+    """Adam's eps, in units of the gradient after `scaling`."""
     weight_decay: float = 0.1
-    """Decay per unit of learning rate."""
+    """Share of a weight that one step removes, per unit of learning rate."""
     decay: Literal["after_projection", "adamw"] = "after_projection"
     """When weights decay: `Group.decay`."""
     decayed: Literal["matrices", "all"] = "matrices"
@@ -115,7 +118,8 @@ class PretrainConfig:
 class Pretraining(nn.Module):
     """The trainable module that `fit` takes: a sparse model and its cross entropy.
 
-    Raises ValueError where a tensor's final budget does not hold its floor.
+    Raises ValueError where a tensor's final budget is smaller than the sum of its floors
+    (`SparsityConfig.floor`).
     """
 
     def __init__(self, model: SparseGPT, config: PretrainConfig) -> None:
@@ -164,10 +168,11 @@ def pretrain(
     validation: Iterable[Int[Tensor, "_ pos"]] = (),
     accelerator: Accelerator | None = None,
 ) -> dict[str, float]:
-    """Train `model` in place on `batches`, resuming from `config.train.folder` where it can.
+    """Train `model` in place; return its loss on `validation`, {"ce": nats per token}.
 
-    `validation` holds batches that are scored at every evaluation, shared among the processes.
-    Returns what the trained model scores on them: {"ce": nats per token}, or {} without any.
+    A run whose folder `config.train.folder` holds a checkpoint is resumed from there. `validation`
+    holds the batches that every evaluation scores; the processes share them. Without any, nothing
+    is evaluated and {} is returned.
 
     >>> import tempfile
     >>> import torch

@@ -1,4 +1,7 @@
-"""Several processes as one training: how many there are, and how they are asked to stop."""
+"""How many processes train together, and how a signal asks them to stop.
+
+shard.py splits the parameters among them.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,11 @@ class Interrupted(KeyboardInterrupt):
 
 @contextmanager
 def stop_requests() -> Iterator[list[str]]:
-    """Collect the names of SIGINT and SIGTERM instead of dying in the middle of a step."""
+    """Yield a list to which SIGINT and SIGTERM add their names while the context is open.
+
+    So a signal does not end the process in the middle of a step; the loop looks at the list after
+    the step. Outside the main thread no signal can be caught, and the list stays empty.
+    """
     asked: list[str] = []
     kinds: Iterable[signal.Signals] = (signal.SIGINT, signal.SIGTERM)
     before = {}
@@ -36,7 +43,11 @@ def stop_requests() -> Iterator[list[str]]:
 
 
 def accelerator_for(config: TrainConfig, given: Accelerator | None) -> Accelerator:
-    """Return the given accelerator, or a new one; refuse one that computes otherwise."""
+    """Return the `given` accelerator, or a new one, after checking that it fits `config`.
+
+    Raises ValueError for fp16 without CUDA, for an accelerator of another precision than
+    `config.mixed_precision`, and for another number of processes (`check_processes`).
+    """
     if config.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise ValueError(
             "TrainConfig.mixed_precision='fp16' needs CUDA, and there is none here; take 'bf16', "
@@ -53,11 +64,12 @@ def accelerator_for(config: TrainConfig, given: Accelerator | None) -> Accelerat
 
 
 def check_processes(asked: int | None, world: int) -> None:
-    """Raise ValueError for a launch that came out otherwise than it was asked for.
+    """Raise ValueError where the launcher did not start what it was asked to start.
 
-    `asked` is `TrainConfig.processes`, `world` the number of processes that train together.
-    `accelerate launch --num_processes 2` starts one process where there is no GPU, and says so only
-    by naming a master; with --multi_gpu, or torchrun, it starts two that train apart.
+    `asked` is `TrainConfig.processes`, `world` the number of processes that train together. On a
+    machine without a GPU, `accelerate launch --num_processes 2` starts a single process; the only
+    trace of the request is MASTER_PORT in its environment. With --multi_gpu there, or with
+    torchrun, two processes start, but each trains alone and both would write the same folder.
 
     >>> from sparse import check_processes
     >>> check_processes(None, world=1)  # nothing was asked for, and one process trains

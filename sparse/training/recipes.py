@@ -46,12 +46,17 @@ def gao2025(
         density = pfrac / e^2,   embedding_density = pfrac / e
         S = floor(tokens / (batch_size * length)),   unless `steps` says otherwise
 
-    (docs/method.md#the-training-step.) `model`, `sparsity`, `train` and `recipe` replace single
-    fields of SparseGPTConfig, SparsityConfig, TrainConfig and PretrainConfig. Attention sinks are
-    on, as in the authors' later models. The row of the last token, which should be the end of
-    text, is not trained in the bigram table; model=dict(bigram_freeze_last=False) trains it. A
-    position table, by model=dict(positions="learned"), starts at zero. Raises ValueError where e
-    and pfrac ask for more than every weight.
+    (docs/method.md#the-training-step.) `folder` is where the run is written. `model`, `sparsity`
+    and `train` replace single fields of SparseGPTConfig, SparsityConfig and TrainConfig; further
+    keywords replace fields of PretrainConfig.
+
+    Attention sinks are on, as in the authors' later models. The bigram table's row of the last
+    token, which should be the end of text, is not trained; model=dict(bigram_freeze_last=False)
+    trains it. There is no position table; model=dict(positions="learned") adds one, which starts at
+    zero.
+
+    Raises ValueError where e and pfrac ask for no weight or for more than all of them, and where
+    d = 256 e is not a multiple of 16, the width of a head.
 
     >>> from sparse import gao2025
     >>> preset = gao2025("runs/e4", expansion=4, pfrac=1 / 4)
@@ -76,7 +81,10 @@ def gao2025(
 
 
 def _shape(width: int, changed: dict[str, Any]) -> SparseGPTConfig:
-    """Return the published shape with the changed fields; a learned position table is zero."""
+    """Return the published shape with the changed fields.
+
+    A learned position table, if asked for, starts at zero, as in the authors' script.
+    """
     published: dict[str, Any] = dict(
         vocab_size=2048,
         hidden_size=width,
@@ -97,7 +105,7 @@ def _shape(width: int, changed: dict[str, Any]) -> SparseGPTConfig:
 
 
 def _width(expansion: int | float, pfrac: int | float) -> int:
-    """Check both and return 256 e."""
+    """Return d = 256 e, after checking the expansion factor e and the budget pfrac."""
     if not 0 < pfrac <= min(expansion, expansion**2):
         raise ValueError(
             f"gao2025: pfrac={pfrac} at expansion={expansion} keeps no weight, or more than all; "

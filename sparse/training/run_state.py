@@ -1,4 +1,4 @@
-"""What a training run keeps on disk: its log and its checkpoints."""
+"""The files of a training run: its log (log.jsonl) and its checkpoints."""
 
 from __future__ import annotations
 
@@ -21,12 +21,14 @@ from sparse.storage.checkpoint import read_folder, remove_folder, steps_saved, w
 from .config import BatchSource, TrainConfig
 from .shard import split_like, whole
 
+# The fields of TrainConfig that a resumed run may change. The last two may change because losses
+# and gradients are those of the joint batch, however it is shared among processes.
 FREE = {"folder", "log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints"}
-FREE |= {"processes", "shard"}  # the numbers are those of the joint batch, whoever computes them
+FREE |= {"processes", "shard"}
 
 
 class RunState:
-    """What `fit` writes and reads: the log and the checkpoints of one run."""
+    """The log and the checkpoints of one run, which `fit` writes and reads."""
 
     def __init__(
         self,
@@ -38,8 +40,11 @@ class RunState:
         accelerator: Accelerator,
         identity: dict[str, Any],
     ) -> None:
-        """`named` holds the trained parameters by group and name; `identity` what tells this run
-        from others besides `config`."""
+        """Take what a checkpoint holds.
+
+        `named` holds the trained parameters under "group/name". `identity` holds, besides the
+        fields of `config`, the settings that a checkpoint must share with this run to be resumed.
+        """
         self.module, self.named, self.optimizer = module, named, optimizer
         self.batches, self.config, self.accelerator = batches, config, accelerator
         self.identity = json.loads(json.dumps(identity | asdict(config)))
@@ -47,7 +52,11 @@ class RunState:
         self.started, self.tokens = monotonic(), 0
 
     def share(self, ids: Int[Tensor, "batch pos"]) -> Int[Tensor, "part pos"]:
-        """Return this process's rows of the batch that all processes train on together."""
+        """Return this process's rows of the batch that all processes train on together.
+
+        Raises ValueError unless the number of rows is a multiple of processes times
+        `config.accumulate`.
+        """
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         parts = world * self.config.accumulate
         if len(ids) % parts:
@@ -62,10 +71,12 @@ class RunState:
     def read(
         self, step: int, losses: dict[str, Tensor], rms: dict[str, Tensor], asked: bool = False
     ) -> tuple[dict[str, float], dict[str, float], bool]:
-        """Return losses and gradient sizes, means over all processes, and whether any was `asked`.
+        """Return the losses, the gradient sizes, and whether any process was asked to stop.
 
-        This is where the host waits for the device, and the processes for each other. Raises
-        FloatingPointError in all of them where a number is none.
+        Losses and sizes are means over all processes. `asked` says whether this process was asked
+        to stop. Here the host waits for the device and the processes wait for each other, so `fit`
+        calls this only where it logs or saves. Raises FloatingPointError, in every process, where
+        a loss is not finite (or a gradient size, unless a scaler handles overflows).
         """
         values = [*losses.values(), *rms.values()]
         flag = torch.tensor(float(asked), device=self.accelerator.device)
@@ -91,7 +102,7 @@ class RunState:
         lr: dict[str, float],
         notes: dict[str, float],
     ) -> dict[str, float]:
-        """Write one line and return what the progress bar shows."""
+        """Write one line of the log; return the losses, which the progress bar shows."""
         total = sum(terms.values())
         seconds = monotonic() - self.started
         self.write(
@@ -105,7 +116,7 @@ class RunState:
         return {"loss": total} | terms
 
     def write(self, line: dict[str, Any]) -> None:
-        """Append a line to log.jsonl."""
+        """Append a line to log.jsonl; only the main process does."""
         if not self.accelerator.is_main_process:
             return
         path = self.folder / "log.jsonl"
@@ -121,7 +132,10 @@ class RunState:
             ) from error
 
     def save(self, step: int) -> None:
-        """Write a checkpoint and drop the oldest; return, in every process, when it is on disk."""
+        """Write a checkpoint and delete all but the newest `config.keep_checkpoints`.
+
+        Every process calls this, and it returns in all of them once the checkpoint is on disk.
+        """
         main = self.accelerator.is_main_process
         moments = {
             f"{name}/{key}": value
@@ -138,10 +152,15 @@ class RunState:
             write_folder(folder / f"step-{step:08d}", tensors, state)
             for old in steps_saved(folder)[: -self.config.keep_checkpoints]:
                 remove_folder(old)
-        self.accelerator.wait_for_everyone()  # a process that ended early would have it killed
+        # wait: if a process ended now, the launcher could kill the one that is still writing
+        self.accelerator.wait_for_everyone()
 
     def resume(self) -> int:
-        """Load the newest checkpoint, cut the log back to it, and return its step (0: none)."""
+        """Load the newest checkpoint and return its step, 0 where there is none.
+
+        The lines of the log that were written after that step are removed. Raises ValueError where
+        the checkpoint belongs to a run of other settings.
+        """
         checkpoints = self.folder / "checkpoints"
         if self.accelerator.is_main_process:
             for partial in checkpoints.glob("*.partial"):

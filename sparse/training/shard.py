@@ -1,9 +1,16 @@
-"""Parameters split among the processes of a run: each holds its rows of every tensor, with their
-gradients and moments, and all are gathered for a pass and let go after it.
+"""Parameters split among the processes of a run, by torch's `fully_shard` (FSDP2).
 
-This is torch's `fully_shard` (FSDP2) at the root of the one trainable module. Its inner modules are
-called by other methods than forward, so they are no roots of their own. What is written, logged or
-projected is of whole tensors, gathered one at a time: a sharded run is the unsharded one.
+Each process holds some rows (its *shard*) of every tensor, with their gradients and Adam's moments.
+The whole tensors are gathered for a forward and backward pass, and freed after it.
+
+`fully_shard` gathers the parameters of a module when the module's `forward` is called. Here it is
+applied to the outermost trainable module alone, and all parameters are gathered together: the
+modules inside are called by methods other than `forward` (such as `Block.attend`), which would not
+gather anything.
+
+The projection and the checkpoints need whole tensors and gather them one at a time; the size of a
+gradient is summed over the shards. So a sharded run computes what the unsharded one does, up to
+rounding.
 """
 
 from __future__ import annotations
@@ -25,11 +32,18 @@ HOOKS = ("_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dic
 
 
 class AllStop(Exception):
-    """Raised by every process at the same place: what was sharded becomes whole again."""
+    """An exception that every process raises at the same place.
+
+    `prepared` can then gather the shards before it passes the exception on. Gathering needs all
+    processes, so after an exception of one process alone it would wait for ever.
+    """
 
 
 class _Root(nn.Module):
-    """What `fully_shard` takes, so that the trained module stays of its class."""
+    """A wrapper for `fully_shard`, which changes the class of the module that it is given.
+
+    Wrapped, the trained module keeps its own class.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -40,7 +54,10 @@ class _Root(nn.Module):
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Let gradients add up in each process; `Accelerator.no_sync` asks for this."""
+        """Let gradients add up in each process without exchanging them while the context is open.
+
+        `Accelerator.no_sync` calls this method.
+        """
         assert isinstance(self, FSDPModule)
         self.set_requires_gradient_sync(False)
         try:
@@ -51,13 +68,15 @@ class _Root(nn.Module):
 
 @contextmanager
 def prepared(module: nn.Module, accelerator: Accelerator, shard: bool) -> Iterator[nn.Module]:
-    """Yield what to call instead of `module` where several processes train it together.
+    """Yield the module to call in place of `module` while processes train it together.
 
-    With `shard`, or an accelerator that was launched with FSDP2, its parameters are sharded while
-    the context is open; all start from those of process 0. When it closes they are plain tensors
-    again, whole in every process; after an exception that is no AllStop, which one process may have
-    met alone, they stay sharded. Raises ValueError for the first version of FSDP, its offloading,
-    and fp16.
+    With `shard`, or with an accelerator that was launched with FSDP2, the parameters are sharded
+    while the context is open; those of process 0 are the start. When the context closes they are
+    plain tensors again, whole in every process. They stay sharded after an exception other than
+    AllStop, because one process may have met it alone, and gathering needs all.
+
+    Without sharding, the accelerator prepares the module. Raises ValueError for the first version
+    of FSDP, for its offloading to the CPU, and for sharding in fp16.
     """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if accelerator.distributed_type == DistributedType.FSDP and plugin is not None:
@@ -89,7 +108,7 @@ def prepared(module: nn.Module, accelerator: Accelerator, shard: bool) -> Iterat
         stopped = stop
     as_fsdp.reshard()
     _make_plain(module)
-    for m, name, before in hooks:  # those of `fully_shard` would keep the shards alive
+    for m, name, before in hooks:  # the hooks that `fully_shard` added would keep the shards alive
         getattr(m, name).clear()
         getattr(m, name).update(before)
     if stopped:
@@ -98,7 +117,7 @@ def prepared(module: nn.Module, accelerator: Accelerator, shard: bool) -> Iterat
 
 @torch.no_grad()
 def _make_plain(module: nn.Module) -> None:
-    """Put whole tensors where the shards are; tied parameters stay tied."""
+    """Replace every sharded parameter of `module` by its whole tensor; tied ones stay tied."""
     plain: dict[DTensor, nn.Parameter] = {}
     for m in module.modules():
         for name, p in list(m._parameters.items()):
@@ -110,9 +129,10 @@ def _make_plain(module: nn.Module) -> None:
 
 @contextmanager
 def gathered(wrapped: nn.Module) -> Iterator[None]:
-    """Hold the whole parameters while the context is open; their module can be called anyhow.
+    """Keep the parameters whole while the context is open, so that any method can be called.
 
-    Every process enters it. Changes to the parameters are lost.
+    Every process must enter it. Changes made to the parameters inside are lost. Without sharding
+    it does nothing.
     """
     if not isinstance(wrapped, FSDPModule):
         yield
@@ -126,7 +146,11 @@ def gathered(wrapped: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def whole_(weight: Tensor) -> Iterator[Tensor]:
-    """Yield the whole of `weight`, and afterwards write its own rows back into every shard."""
+    """Yield the whole tensor of `weight` for changes in place, which its shards get afterwards.
+
+    Every process must enter it and make the same changes. A tensor that is not sharded is yielded
+    as it is.
+    """
     if not isinstance(weight, DTensor):
         yield weight
         return
@@ -138,7 +162,7 @@ def whole_(weight: Tensor) -> Iterator[Tensor]:
 
 
 def split_like(full: Tensor, like: Tensor) -> Tensor:
-    """Return `full` on the device of `like`, and as this process's shard where `like` is one."""
+    """Return `full` on the device of `like`, and sharded as `like` is, if it is."""
     full = full.to(like.device)
     if not isinstance(like, DTensor):
         return full
@@ -147,9 +171,11 @@ def split_like(full: Tensor, like: Tensor) -> Tensor:
 
 
 def whole(named: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
-    """Return whole tensors on the CPU, or, where not to `keep`, none. Every process calls this.
+    """Return the whole tensors on the CPU; without `keep`, return an empty dict.
 
-    Tied tensors come as copies, each under its name, as a file of safetensors wants them.
+    Every process must call this, since each gives its shards; only the one that writes them needs
+    to `keep` them. Tied tensors are copied, one for each name, because a safetensors file does not
+    take two names of the same memory.
     """
     kept, seen = {}, set()
     for name, tensor in named.items():
@@ -162,12 +188,12 @@ def whole(named: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
 
 
 def own(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return this process's part of every tensor: a view of its shard, or the tensor."""
+    """Return this process's part of every tensor: a view of its shard, or the tensor itself."""
     return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
 
 
 def sum_over_shards(x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
-    """Return the sum of x over the processes among which `tensors` are split."""
+    """Return x summed over the processes that share `tensors`, or x if they are not sharded."""
     if tensors and isinstance(tensors[0], DTensor):
         dist.all_reduce(x, group=tensors[0].device_mesh.get_group())
     return x

@@ -1,4 +1,8 @@
-"""How many weights survive each step, and of which tensors."""
+"""How many weights of which tensors are kept at each step, and the projection that does it.
+
+The *density* of a tensor is the fraction of its entries that are kept. It *anneals*, that is falls,
+from 1 to its target. A tensor's *budget* is the number of entries it keeps, floor(density * numel).
+"""
 
 from __future__ import annotations
 
@@ -23,11 +27,12 @@ class Anneal:
     target: float
     """Fraction of weights kept once annealed, in (0, 1]."""
     start: int | float
-    """Optimizer step at which annealing begins; up to it every weight is kept."""
+    """Optimizer step at which annealing begins; up to and including it every weight is kept."""
     end: int | float
     """Optimizer step from which the target is held."""
     mode: Literal["linear", "log"] = "linear"
-    """"linear": p falls along a line in t. "log": log p falls along a line in log t."""
+    """How the fraction kept p falls with the step t. "linear": p falls along a line in t. "log":
+    log p falls along a line in log t."""
 
     def __post_init__(self) -> None:
         if not 0 < self.target <= 1:
@@ -40,9 +45,12 @@ class Anneal:
             )
 
     def keep(self, step: int) -> float:
-        """p(t) = 1 + u (target - 1)  with  u = (t - start) / (end - start) clipped to [0, 1].
+        """Return p(t), the fraction of weights kept at t = `step`.
 
-        In mode "log": p(t) = target^u  with  u = log(t / start) / log(end / start), clipped too.
+            "linear"    p = 1 + u (target - 1),    u = (t - start) / (end - start)
+            "log"       p = target^u,              u = log(t / start) / log(end / start)
+
+        u is clipped to [0, 1].
         """
         if step >= self.end or step <= self.start:
             return self.target if step >= self.end else 1.0
@@ -51,37 +59,46 @@ class Anneal:
         return 1.0 + (step - self.start) / (self.end - self.start) * (self.target - 1.0)
 
     def lr_scale(self, step: int) -> float:
-        """The sharkfin factor sqrt(target / p(t)): 1 once annealed, smaller before (2.3)."""
+        """Return the sharkfin factor of the learning rate, sqrt(target / p(t)).
+
+        It is 1 once annealed and smaller before (docs/method.md#learning-rate).
+        """
         return (self.target / self.keep(step)) ** 0.5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SparsityConfig:
-    """How sparse the weights become and when. Fractions are of entries; times are of all steps."""
+    """How sparse the weights become and when.
+
+    Densities are fractions of a tensor's entries; times are fractions of all optimizer steps.
+    """
 
     density: float = 1 / 16
     """Final fraction kept in W_qkv, W_o, W_fc, W_proj and the position table, in (0, 1]."""
     embedding_density: float = 1 / 4
-    """Final fraction kept in the embedding, the unembedding and (if sparse) the biases, in (0, 1];
-    the authors make it denser than the matrices by the expansion factor
+    """Final fraction kept in the embedding, the unembedding and (if sparse) the biases, in (0, 1].
+    In the authors' script it is the density of the matrices times the expansion factor
     (docs/method.md#the-anneal)."""
     floor: int = 4
-    """Entries every row of W_qkv, W_fc and every column of W_o, W_proj keeps, inside the budget."""
+    """Number of entries that every neuron or attention channel keeps at least, so that none dies:
+    in each row of W_qkv and W_fc and in each column of W_o and W_proj. They count towards the
+    budget."""
     floor_axis: Literal["neurons", "rows"] = "neurons"
-    """What the floor protects. "neurons": as said above, one slice per neuron or attention channel.
-    "rows": the rows of every projected matrix, embeddings too (the replication;
-    docs/method.md#where-sources-differ)."""
+    """Which slices the floor protects. "neurons": those that `floor` names, one per neuron or
+    attention channel. "rows": the rows of every projected matrix, embeddings and position table
+    too, as in the replication (docs/method.md#where-sources-differ)."""
     sparse_biases: bool = True
-    """Whether biases are projected (the paper does, the authors' script does not)."""
+    """Whether biases are projected. In the paper they are, in the authors' script they are not."""
     anneal_start: float = 0.01
     """Share of the steps before annealing starts, in [0, 1)."""
     anneal_end: float = 0.5
     """Share of the steps after which the target density is held, in (anneal_start, 1]."""
     anneal_mode: Literal["linear", "log"] = "linear"
-    """Shape of the way down: `Anneal.mode`; "log" needs anneal_start above 0."""
+    """How the density falls: `Anneal.mode`. "log" needs anneal_start above 0."""
     embedding_anneal: Literal["linked", "late"] = "linked"
-    """"linked": in step with the matrices. "late": dense until the matrices' density has fallen to
-    density / embedding_density, the paper's "schedule bug" (docs/method.md#the-anneal)."""
+    """When the embeddings become sparse. "linked": in step with the matrices. "late": they stay
+    dense until the matrices' density has fallen to density / embedding_density, which the paper
+    calls a schedule bug (docs/method.md#the-anneal)."""
 
     def __post_init__(self) -> None:
         for name in ("density", "embedding_density"):
@@ -101,7 +118,10 @@ class SparsityConfig:
         return Anneal(target=self.density, start=start, end=end, mode=self.anneal_mode)
 
     def densities(self, step: int, steps: int) -> tuple[float, float]:
-        """Return the fractions of matrices and of embeddings kept at `step` of `steps`."""
+        """Return the fractions kept at `step` of `steps`: of the matrices, of the embeddings.
+
+        The equations are in docs/method.md#the-anneal.
+        """
         rho = self.anneal(steps).keep(step)
         final = self.embedding_density
         if self.embedding_anneal == "late":
@@ -110,28 +130,37 @@ class SparsityConfig:
         return rho, final + share * (1 - final)
 
     def check(self, model: SparseGPT) -> None:
-        """Raise ValueError unless every tensor's final budget holds its floor."""
+        """Raise ValueError unless every tensor's final budget holds its floors."""
         check_budgets(budgets(model, self), (self.density, self.embedding_density))
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """One projected tensor."""
+    """One projected tensor, and the rule for the entries that it keeps."""
 
     name: str
     weight: nn.Parameter
     is_embedding: bool
-    """Whether it follows the embeddings' density."""
+    """Whether it follows the embeddings' density, as biases do too."""
     floor: int
+    """Number of entries that each slice keeps at least; 0 for none."""
     dim: int
+    """Which slices the floor protects: rows (0) or columns (1)."""
 
     def keep(self, densities: tuple[float, float]) -> int:
-        """Return the number of entries it keeps, floor(density * numel)."""
+        """Return the number of entries it keeps, floor(density * numel).
+
+        `densities` are those of the matrices and of the embeddings.
+        """
         return round_down(densities[self.is_embedding] * self.weight.numel())
 
 
 def budgets(model: SparseGPT, config: SparsityConfig) -> list[Budget]:
-    """Return every tensor that is projected; norms, sinks and the bigram table are not."""
+    """Return one Budget for every tensor that is projected.
+
+    Norms, attention sinks, the bigram table and all buffers are not projected
+    (docs/method.md#projection).
+    """
     plan: dict[int, tuple[bool, int, int]] = {}  # by id: follows the embeddings, floor, dim
     for module in model.modules():
         if isinstance(module, Attention):
@@ -154,7 +183,7 @@ def budgets(model: SparseGPT, config: SparsityConfig) -> list[Budget]:
 
 
 def project_model_(plan: list[Budget], densities: tuple[float, float]) -> None:
-    """Project every tensor of `plan` to its budget at these densities."""
+    """Project every tensor of `plan` in place to its budget at these densities."""
     for budget in plan:
         keep = budget.keep(densities)
         if keep < budget.weight.numel():
@@ -164,7 +193,7 @@ def project_model_(plan: list[Budget], densities: tuple[float, float]) -> None:
 
 
 def check_budgets(plan: list[Budget], densities: tuple[float, float]) -> None:
-    """Raise unless every tensor's final budget holds its floor."""
+    """Raise ValueError where a tensor's budget is smaller than the sum of its floors."""
     for b in plan:
         n_slices = b.weight.shape[b.dim] if b.floor else 0
         if b.keep(densities) < n_slices * b.floor:
@@ -176,11 +205,11 @@ def check_budgets(plan: list[Budget], densities: tuple[float, float]) -> None:
 
 
 class Sparsifier:
-    """What keeps one model on its budgets through one run: the anneal and the projection.
+    """The anneal and the projection of one model through one run.
 
-    It holds the model and the settings and nothing else, so that every question is answered anew:
-    sharding replaces the tensors. Raises ValueError where a tensor's final budget does not hold
-    its floor.
+    The tensors are looked up in the model at every use and not held here, because sharding
+    (shard.py) replaces them by others. Raises ValueError where a tensor's final budget is smaller
+    than the sum of its floors.
     """
 
     def __init__(self, model: SparseGPT, config: SparsityConfig, steps: int) -> None:
@@ -190,13 +219,14 @@ class Sparsifier:
 
     @property
     def budgets(self) -> list[Budget]:
-        """The tensors that are projected."""
+        """The projected tensors of the model, as they are now."""
         return budgets(self.model, self.config)
 
     def project(self, step: int) -> dict[str, float]:
         """Project every tensor to its budget after optimizer step `step`; return the densities.
 
-        The last step reaches the target even where annealing ends with the run.
+        The last step uses the densities of step S, the end of the run, so that the target is
+        reached even where annealing ends with the run.
         """
         last = step + 1 == self.steps
         matrices, embeddings = self.config.densities(self.steps if last else step, self.steps)
@@ -205,9 +235,10 @@ class Sparsifier:
 
 
 def decayed_names(model: SparseGPT) -> frozenset[str]:
-    """Return the names of the parameters that the recipe decays.
+    """Return the names of the parameters to which the recipe applies weight decay.
 
-    Those of two axes, except the bigram table (docs/method.md#the-training-step).
+    They are the parameters with two axes, except the bigram table
+    (docs/method.md#the-training-step).
     """
     named = model.named_parameters()
     return frozenset(name for name, p in named if p.ndim > 1 and name != "bigram")

@@ -1,14 +1,21 @@
 """A circuit as a module of its own, which runs in a small part of the model's time.
 
-    exact    the masked model, AbsTopK included: where AbsTopK acts every row is computed
-    sliced   AbsTopK is off and only kept rows are computed: the masked model itself wherever
-             k = width, and another function elsewhere
+It has two modes:
 
-The residual stream is held at the live channels, those that something reads or writes. Of the
-others only the norms need the sum of their squares, a table over tokens, since nothing but the
-embedding and constants ever reaches them:
+    exact    the masked model (mask.py), AbsTopK included; where AbsTopK drops entries, every row of
+             a weight is computed, because entries that are not kept compete too
+    sliced   AbsTopK is left out and only the kept rows are computed; this is the masked model
+             wherever k = width, and another function elsewhere
+
+Of the residual stream z only the *live* channels are computed: those that a kept node reads or
+writes, or all of them where AbsTopK chooses among what a sublayer reads. The *dead* channels hold
+the embedding and the constants that held nodes write, and nothing else. Before the last norm, only
+norms need them, and only the sum of their squares. At a given sublayer that sum depends on nothing
+but the token, so it is stored in a table over tokens (`Positions` adds what learned positions do):
 
     |z|^2 = |z_live|^2 + |e_dead + c_dead|^2        e the embedding, c all constants written so far
+
+sublayers.py holds the sublayers.
 """
 
 from __future__ import annotations
@@ -29,7 +36,7 @@ from .sublayers import Attend, Map, Place, Read, Think
 
 Mode = Literal["exact", "sliced"]
 Values = Mapping[str, Shaped[Tensor, " _"]]
-KNOWN = frozenset(  # the fields of which every meaning is computed here
+KNOWN = frozenset(  # fields of the config whose every value is computed here (`refuse_unknown`)
     "vocab_size hidden_size num_hidden_layers num_attention_heads head_dim intermediate_size "
     "max_position_embeddings activation activation_fraction activation_locations attention_sinks "
     "bigram_table rms_norm_eps layer_norm_eps linear_bias logits_bias tie_word_embeddings".split()
@@ -37,10 +44,11 @@ KNOWN = frozenset(  # the fields of which every meaning is computed here
 
 
 def extract(circuit: Circuit, model: SparseGPT, mode: Mode = "exact") -> CircuitModule:
-    """Return what a circuit needs of its model, as a module of its own that is much faster.
+    """Return a module that holds only what the circuit needs of its model, and is much faster.
 
-    mode "exact" gives the logits of the masked model, "sliced" those without AbsTopK, which are the
-    same only where k is the width. Raises ValueError for another model than the circuit's.
+    Mode "exact" gives the logits of the masked model, up to rounding. Mode "sliced" leaves AbsTopK
+    out, so its logits are the same only where k is the width. Raises ValueError for another model
+    than the circuit's, and for a model with a field of the config that is not supported here.
 
     >>> from bridges import load_run
     >>> from sparse import extract
@@ -54,11 +62,12 @@ def extract(circuit: Circuit, model: SparseGPT, mode: Mode = "exact") -> Circuit
 
 
 class CircuitModule(nn.Module):
-    """The model with the nodes that are not kept held at `ablation`, its weights cut and copied.
+    """A copy of those weights of a model that matter while some nodes are held at `ablation`.
 
-    `keep` holds bools and may name some of the locations only, as in `masked`. `mode` "exact" is
-    the masked model up to rounding; "sliced" leaves AbsTopK out, so it is exact only where k is
-    the width. For inference. A field of the model's config that is not known here is a ValueError.
+    `keep` holds bools; all nodes of a location that it does not name are kept, as in `masked`. In
+    mode "exact" the outputs are those of the masked model, up to rounding. Mode "sliced" leaves
+    AbsTopK out, so it is exact only where k is the width. It is for inference: forward computes no
+    gradients. Raises ValueError for a model with a field of the config that is not supported here.
     """
 
     live: Tensor
@@ -105,7 +114,11 @@ class CircuitModule(nn.Module):
         self._keep_embeddings(model, live, torch.stack(constants).cumsum(0))
 
     def _keep_embeddings(self, model: SparseGPT, live: Tensor, written: Tensor) -> None:
-        """Split the embeddings; tabulate the squares of the dead channels before every sublayer."""
+        """Store what comes before and after the sublayers, split by live and dead channels.
+
+        `written` is (2L, d_resid): the constants written up to and with each sublayer. `squares`
+        holds, for every token, |e_dead + c_dead|^2 before each sublayer and after the last.
+        """
         like = model.lm_head.weight.detach()
         c = torch.cat([torch.zeros_like(written[:1]), written])[:, ~live]  # 2L+1 dead
         e = model.model.wte.weight.detach()
@@ -128,9 +141,12 @@ class CircuitModule(nn.Module):
     def forward(
         self, ids: Int[Tensor, "batch pos"], at: Int[Tensor, " batch"] | int | None = None
     ) -> Float[Tensor, "batch pos vocab"] | Float[Tensor, "batch vocab"]:
-        """Return the logits, or those at position `at` of each text only, which costs less.
+        """Return the logits, or with `at` only those at one position of each text.
 
-        Texts may be padded on the right, which no earlier position sees.
+        `at` costs less: the unembedding, and in the last layer the query and all that follows it,
+        are computed there alone. It is one position for all texts or one for each, and a negative
+        one counts from the end. Texts may be padded on the right, because no earlier position sees
+        the padding.
         """
         n_batch, n_pos = ids.shape
         if at is not None:
@@ -145,7 +161,8 @@ class CircuitModule(nn.Module):
         if self.positions is not None:
             z, squares = self.positions(z, squares, self.dead, tokens, pos)
         for s, step in enumerate(self.steps):
-            if at is not None and s == len(self.steps) - 2:  # from here on only they are needed
+            # from the last layer's attention on, only the positions `at` are needed
+            if at is not None and s == len(self.steps) - 2:
                 one = torch.arange(n_batch, device=ids.device) * n_pos + at
                 z = step(z, squares[:, s, None], n_batch, at, one)
                 tokens, pos, squares = tokens[one], pos[one], squares[one]
@@ -161,7 +178,7 @@ class CircuitModule(nn.Module):
 
     @property
     def n_weights(self) -> int:
-        """Nonzero numbers that it holds, embeddings and tables among them."""
+        """Number of nonzero numbers that the module holds, in embeddings and tables too."""
         held = (b.values() if b.layout == torch.sparse_csr else b for b in self.buffers())
         return sum(int(b.count_nonzero()) for b in held if b.is_floating_point())
 
@@ -173,7 +190,10 @@ class CircuitModule(nn.Module):
 
 
 class Step(nn.Module):
-    """One sublayer: z <- z + what it writes + the constants it stands for."""
+    """One sublayer: z <- z + what its kept nodes write + the constants that its held nodes write.
+
+    `body` is None where all that the sublayer writes is constant.
+    """
 
     writes: Tensor
     constant: Tensor | None
@@ -201,7 +221,11 @@ class Step(nn.Module):
         at: Int[Tensor, " batch"] | None = None,
         one: Int[Tensor, " batch"] | None = None,
     ) -> Float[Tensor, "n live"]:
-        """Return the residual after it, at all positions or at `at` (rows `one`) only."""
+        """Return the live channels after the sublayer, for all N = batch * pos rows of `z`.
+
+        With `at`, one position per text, return only those rows; `one` are their numbers in `z`.
+        `z` itself is changed unless `one` is given.
+        """
         after = z if one is None else z[one]
         if self.body is not None and self.read is not None:
             wrote = self.body(self.read(z, squares), n_batch, at)
@@ -210,7 +234,13 @@ class Step(nn.Module):
 
 
 class Positions(nn.Module):
-    """Learned positions p added to the embedding e: |e + c + p|^2 needs the product e . p too."""
+    """Learned positions p, which are added to the embedding e.
+
+        |e + c + p|^2 = |e + c|^2 + |p|^2 + 2 p . c + 2 e . p    over the dead channels
+
+    The first term is a table over tokens, the next two are one over positions (`squares`), and the
+    product e . p is computed for every token.
+    """
 
     live: Tensor
     dead: Tensor
@@ -227,7 +257,7 @@ class Positions(nn.Module):
     def forward(
         self, z: Tensor, squares: Tensor, dead: Tensor, tokens: Tensor, pos: Tensor
     ) -> tuple[Float[Tensor, "N live"], Float[Tensor, "N norm"]]:
-        """Return the live channels and the squares of the dead ones with the positions added."""
+        """Return the live channels, and the squares of the dead ones, with the positions added."""
         limit = len(self.live)
         if len(pos) and int(pos[-1]) >= limit:
             raise ValueError(
@@ -245,6 +275,7 @@ def _squares(e: Tensor, c: Tensor) -> Tensor:
 
 
 def _place(model: SparseGPT, at: str, keep: Values, ablation: Values, mode: Mode) -> Place:
+    """Return the Place of a node location: which nodes are kept, the others' values, and k."""
     node, device = model.node(at), next(model.parameters()).device
     kept = torch.ones(node.width, dtype=torch.bool, device=device)
     rest = torch.zeros(node.width, dtype=torch.float64, device=device)
@@ -257,7 +288,10 @@ def _place(model: SparseGPT, at: str, keep: Values, ablation: Values, mode: Mode
 
 
 def refuse_unknown(config: SparseGPTConfig, mode: str) -> None:
-    """Raise for a mode, or a field of the config, whose meaning is not computed here."""
+    """Raise ValueError for an unknown mode, or a field of the config that is not supported here.
+
+    Fields outside KNOWN are refused unless they have their default, where they change nothing.
+    """
     if mode not in ("exact", "sliced"):
         raise ValueError(f"CircuitModule: mode={mode!r} must be 'exact' or 'sliced'")
     fields = config.architecture()

@@ -1,19 +1,24 @@
 """The sublayers of a circuit: only the rows and columns of the weights that it needs.
 
-A node that is not kept is a constant mu, so what it adds to the next matrix is a bias, and only the
-kept columns K of a matrix are left:
+circuit_module.py puts them together. A node that is not kept is held at a constant mu, so what it
+adds to the output of the next matrix is a constant too, and moves into the bias. Only the kept
+columns K of a matrix are left:
 
     W (m x + (1 - m) mu) + b = W[:, K] x_K + b',        b' = b + W ((1 - m) mu)
 
-Where AbsTopK acts (k > 0 here) every row is computed, since a value that is not kept still competes
-for the k places; elsewhere only the kept rows are. What nothing reads is left out.
+Where AbsTopK acts (k > 0 here) every row of a matrix is computed, since a value that is not kept
+still competes for the k places; elsewhere only the kept rows are. Rows and columns whose results
+nothing reads are left out.
 
-Within a head, channels kept in both q and k are multiplied; a channel kept in one of them alone is
-a number per token that is added to the scores (it matters beside a sink). Constant values share one
-channel per head, since with a sink the weights of a head do not add up to 1.
+The score q . k of a head is a sum over its channels. A channel that is kept in both q and k is
+multiplied as usual. A channel that is kept in k alone adds mu_q k to the score, one number per key;
+all of them together make one channel of the new k, against a 1 in q. A channel that is kept in q
+alone adds the same number to the scores of all keys, which changes the softmax only beside a sink.
+The held values of v share one channel per head, because with a sink the attention weights of a head
+do not add up to 1, so that what they write is not constant.
 
-Shapes: N = batch * pos tokens, one row each; n_in and n_out of a matrix are left. Everything is
-folded in float64 and then rounded once.
+Shapes: N = batch * pos tokens, one row each; n_in and n_out are the columns and rows of a matrix
+that are left. All constants are folded in float64 and then rounded once.
 """
 
 from __future__ import annotations
@@ -36,21 +41,21 @@ ROWS_AT_ONCE = 256
 
 
 class Place(NamedTuple):
-    """A node location of the circuit."""
+    """What a circuit says of one node location: which nodes are kept, and the others' values."""
 
     kept: Tensor
     """Which nodes are kept, bool."""
     rest: Tensor
-    """The value of every other node, 0 at the kept ones; float64."""
+    """The value at which every other node is held, and 0 at the kept ones; float64."""
     k: int
-    """How many entries AbsTopK leaves; 0 where it does not act."""
+    """How many entries AbsTopK keeps; 0 where it does not act."""
 
     def rows(self) -> Tensor:
-        """Mark the rows to compute: all that compete, else the kept ones."""
+        """Mark the rows to compute: all of them where AbsTopK acts, else those of kept nodes."""
         return torch.ones_like(self.kept) if self.k else self.kept
 
     def among(self) -> Tensor | None:
-        """Return where the kept nodes are among those rows; None for everywhere."""
+        """Return the places of the kept nodes among those rows; None where all rows are kept."""
         return self.kept.nonzero().flatten() if self.k else None
 
 
@@ -58,7 +63,11 @@ Places = Mapping[str, Place]
 
 
 class Map(nn.Module):
-    """y = AbsTopK(act(W x + b), k)[index], each step where it is given; W sparse where it pays."""
+    """A matrix and what follows it: y = AbsTopK(act(W x + b), k)[index].
+
+    `act`, AbsTopK and the choice by `index` are left out where they are not given (k = 0). W is
+    stored in compressed rows where that is faster.
+    """
 
     weight: Tensor
     bias: Tensor | None
@@ -85,7 +94,7 @@ class Map(nn.Module):
         self.register_buffer("index", index)
 
     def forward(self, x: Float[Tensor, "N n_in"]) -> Float[Tensor, "N n"]:
-        """Return the rows that are left, AbsTopK having seen all that compete."""
+        """Return y; AbsTopK sees all rows of W before `index` chooses among them."""
         y = self._sparse(x) if self.sparse else F.linear(x, self.weight, self.bias)
         y = y if self.act is None else self.act(y)
         y = abs_topk(y, self.k) if self.k else y
@@ -100,7 +109,11 @@ class Map(nn.Module):
 
 
 def _sparse_pays(weight: Tensor, like: Tensor) -> bool:
-    """Compressed rows cost 8 dense multiply-adds per nonzero, and transposes of x and y."""
+    """Return whether W x is faster with W in compressed rows than dense.
+
+    A nonzero weight in compressed rows costs as much as 8 dense multiply-adds, and the transposes
+    of x and y cost 40 per channel. Compressed rows are only used on a CPU.
+    """
     n_out, n_in = weight.shape
     if like.device.type != "cpu" or like.dtype not in (torch.float32, torch.float64):
         return False
@@ -108,9 +121,10 @@ def _sparse_pays(weight: Tensor, like: Tensor) -> bool:
 
 
 class Read(nn.Module):
-    """u = AbsTopK(gain z / rms(z), k)[used], from the live channels of z and the others' squares.
+    """What a sublayer reads: u = AbsTopK(gain z / rms(z), k)[used].
 
-    `used` and `live` mark channels; with AbsTopK every channel is live.
+    It is computed from the live channels of z and the sum of squares of the others. `used` and
+    `live` mark channels of the residual. With AbsTopK every channel is live.
     """
 
     gain: Tensor
@@ -126,7 +140,7 @@ class Read(nn.Module):
     def forward(
         self, z: Float[Tensor, "N live"], squares: Float[Tensor, "N 1"]
     ) -> Float[Tensor, "N n_in"]:
-        """Return the kept reads; `squares` is the sum over the channels that are not live."""
+        """Return u; `squares` is the sum of squares over the channels that are not live."""
         total = torch.linalg.vecdot(z, z).unsqueeze(-1) + squares
         scale = (total / self.d + self.eps).rsqrt()
         if not self.k:
@@ -135,7 +149,10 @@ class Read(nn.Module):
 
 
 class Think(nn.Module):
-    """What an MLP writes. `used` marks the reads it needs."""
+    """The MLP of a circuit. `used` marks the read channels that it needs.
+
+    `constant` says that all it writes is constant.
+    """
 
     def __init__(self, mlp: MLP, p: Places, like: Tensor) -> None:
         super().__init__()
@@ -154,12 +171,19 @@ class Think(nn.Module):
     def forward(
         self, u: Float[Tensor, "N n_in"], n_batch: int = 1, at: None = None
     ) -> Float[Tensor, "N n_out"]:
-        """Return what is written to the kept channels, each token by itself."""
+        """Return what is written to the kept channels.
+
+        Each token is computed by itself, so `n_batch` and `at` are not used.
+        """
         return self.proj(self.fc(u))
 
 
 class Attend(nn.Module):
-    """What attention writes. Each of the heads left has `width` channels, padded with zeros."""
+    """The attention of a circuit, with only the heads whose output anything reads.
+
+    Each of these heads has `width` channels, padded with zeros. `used` marks the read channels that
+    it needs; `constant` says that all it writes is constant.
+    """
 
     sink: Tensor | None
 
@@ -168,8 +192,9 @@ class Attend(nn.Module):
         write, value = p["attn.resid_delta"], p["attn.v"]
         heads, rows = (attn.n_head, attn.d_head), write.rows()
         w_out, b_out = _affine(attn.out, value if attn.sinks is None else None)
-        fixed = w_out * value.rest  # d_resid n_head*d_head: written per unit of attention
-        if attn.sinks is None:  # the weights of a head add up to 1: all of it is in the bias
+        # d_resid n_head*d_head: what held values write per unit of attention
+        fixed = w_out * value.rest
+        if attn.sinks is None:  # a head's weights add up to 1, so `_affine` put it into the bias
             fixed = torch.zeros_like(fixed)
         fixed = fixed.unflatten(1, heads).sum(2)
         live = value.kept & w_out[rows].any(0)
@@ -209,7 +234,11 @@ class Attend(nn.Module):
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, seen: Tensor | None) -> Tensor:
-    """Attend causally, or as `seen` says (batch 1 1 pos); returns batch pos n_head width."""
+    """Return what every head mixes, (batch pos n_head width).
+
+    Attention is causal. With `seen`, (batch 1 1 pos), one query per text sees the keys that it
+    marks. The scores are not scaled, since `_channels` has scaled q.
+    """
     if sink is None:
         causal = seen is None
         y = F.scaled_dot_product_attention(q, k, v, seen, is_causal=causal, scale=1.0)
@@ -221,14 +250,20 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, seen: Tensor |
 
 
 def _affine(linear: nn.Linear, read: Place | None) -> tuple[Tensor, Tensor]:
-    """Return W and b' = b + W mu, where b may be absent."""
+    """Return W and b' = b + W mu in float64, mu being the held values of `read`.
+
+    b is 0 where the linear has no bias; b' = b where `read` is None.
+    """
     w = linear.weight.detach().double()
     b = w.new_zeros(len(w)) if linear.bias is None else linear.bias.detach().double()
     return w, b if read is None else b + w @ read.rest
 
 
 class _Third(NamedTuple):
-    """q, k or v: x = AbsTopK(W u + b, k), then `mix` [x, 1]."""
+    """One of q, k and v: x = AbsTopK(W u + b, k), then the product of `mix` with [x, 1].
+
+    `mix` is (n_head width) x (n_head d_head + 1); `_channels` makes it.
+    """
 
     weight: Tensor
     bias: Tensor
@@ -236,7 +271,7 @@ class _Third(NamedTuple):
     mix: Tensor
 
     def rows(self) -> Tensor:
-        """Return the rows of weights that are needed: all that compete, else the mixed ones."""
+        """Return the weight to compute: all of W where AbsTopK acts, else `mix` W."""
         return self.weight if self._competes() else self.mix[:, :-1] @ self.weight
 
     def module(self, used: Tensor, like: Tensor) -> nn.Module:
@@ -253,12 +288,15 @@ class _Third(NamedTuple):
 def _channels(
     attn: Attention, p: Places, live: Tensor, fixed: Tensor, left: list[int]
 ) -> tuple[list[Tensor], Tensor]:
-    """Return what makes the channels of q, k and v of the heads `left`, and what reads them.
+    """Return the matrices that make new channels of q, k and v, and the one that reads v's.
 
-    q . k = sum over c kept in both + mu_q . k + (q . mu_k + mu_q . mu_k)
+        q . k = sum over c kept in both + mu_q . k + (q . mu_k + mu_q . mu_k)
 
-    Each is (n_head width) x (n_head d_head + 1), its last column a constant. Without a sink the
-    last bracket, equal at all keys, cancels in the softmax.
+    `left` are the heads that remain. The first three matrices are `_Third.mix`: each row makes one
+    channel of one head, and the last column holds constants. The fourth is d_resid x (n_head width)
+    and takes the place of W_o. Without a sink the last bracket, which is equal at all keys, cancels
+    in the softmax and is left out. `live` marks the channels of v that are kept and read, `fixed`
+    (d_resid n_head) is what the held channels of v write per unit of attention.
     """
     q, k = p["attn.q"], p["attn.k"]
     w_out = attn.out.weight.detach().double()

@@ -1,4 +1,7 @@
-"""Scale and shift of a logit difference: what pruning does to them is undone by two numbers."""
+"""Calibration: the scale and shift of a circuit's logit difference that give the least task loss.
+
+Pruning changes both, and two numbers undo that (docs/method.md#calibration).
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,13 @@ from torch.nn import functional as F
 
 
 def calibrate(delta: Float[Tensor, " prompt"]) -> tuple[float, float]:
-    """Return the alpha, beta that minimise the task loss of alpha delta + beta.
-
-    `delta` is the logit of target_1 minus that of target_2, its first half from contexts where
-    target_1 is right, its second half from the others:
+    """Return the (alpha, beta) that minimise the task loss of alpha delta + beta.
 
         loss = mean softplus(-sign (alpha delta + beta)),  sign = +1, -1;  alpha in [0.01, 100]
 
-    (Adding one number to all logits, as others do, changes no softmax loss.)
+    `delta` is the logit of target_1 minus that of target_2. Its first half is from contexts where
+    target_1 is right (sign +1), its second half from the others (sign -1). Adding one number to all
+    logits, as the replication does, would change no softmax and so no loss.
     """
     d = delta.double().cpu().numpy()
     sign = np.repeat([1.0, -1.0], len(d) // 2)
@@ -36,7 +38,10 @@ def calibrate(delta: Float[Tensor, " prompt"]) -> tuple[float, float]:
 def calibrated_nats(
     delta: Float[Tensor, " prompt"], alpha: float, beta: float
 ) -> Float[Tensor, " prompt"]:
-    """Return the nats of every prompt after calibration; `delta` as in `calibrate`."""
+    """Return the task loss of every prompt after calibration, in nats; `delta` as in `calibrate`.
+
+    loss = softplus(-sign (alpha delta + beta))
+    """
     n = len(delta) // 2
     sign = torch.ones_like(delta)
     sign[n:] = -1

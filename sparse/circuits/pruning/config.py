@@ -1,4 +1,4 @@
-"""How to prune."""
+"""The settings of pruning."""
 
 from __future__ import annotations
 
@@ -13,42 +13,48 @@ class PruneConfig:
     """How to prune (docs/method.md#pruning). The defaults fit a model of 2 layers, 256 wide."""
 
     target_loss: float = 0.15
-    """Nats per prompt that the circuit should reach on the validation split; chance is ln 2."""
+    """Loss that the circuit should reach on the validation split, in nats per prompt; chance is
+    ln 2."""
     margin: float = 1 / 3
-    """Share of the target held back in choosing the size, in [0, 1): test words are others."""
+    """Share of the target that is held back, in [0, 1): the size is chosen to meet the goal
+    (1 - margin) target_loss, because the test split has other words than the validation split."""
     ablation: Literal["mean", "zero"] = "mean"
     """What a node outside the circuit is held at: its mean over the training text, or zero."""
     n_steps: int = 600
-    """Optimizer steps on tau."""
+    """Optimizer steps on tau, the learned score of each node (learn.py)."""
     n_pairs: int = 32
-    """Train pairs per step; all of them where there are fewer."""
+    """Pairs of the train split per step; all of them where there are fewer."""
     lr: float = 3e-2
     """AdamW step size at the start; it falls linearly to 0."""
     k_coef: float = 1e-3
     """Nats that one kept node costs. Smaller needs more steps
     (docs/method.md#first-measurements)."""
     theta: float = 1.0
-    """Temperature of the surrogate gradient, in units of tau; above 0."""
+    """Temperature of the gradient that stands in for that of the mask (mask.py), in units of tau;
+    above 0."""
     beta2: float = 0.95
     """AdamW's second moment decay, in (0, 1)."""
     weight_decay: float = 1e-3
     """AdamW's pull of tau towards 0, per unit of step size."""
     clip: float = 1.0
-    """Largest norm of the gradient of tau."""
+    """Norm to which a larger gradient of tau is scaled down."""
     start: Literal["flat", "noise"] = "noise"
-    """Where tau starts: at `bias`, or normally distributed about it."""
+    """How tau starts. "flat": at `bias`. "noise": normally distributed about `bias`."""
     bias: float = 0.1
-    """Mean of tau at the start, in [-1, 1]; above 0 everything starts kept."""
+    """Mean of tau at the start, in [-1, 1]. A node is kept where tau >= 0, so with a bias well
+    above `noise` every node starts kept."""
     noise: float = 0.01
     """Standard deviation of tau at the start."""
     window: int = 12
-    """Sizes just below the bisected one that are tried too: the loss is not monotone in size."""
+    """Number of sizes just below the one found by bisection that are tried too, because the loss is
+    not monotone in the size."""
     clean_up: float = 0.005
-    """Nats the validation loss may rise while idle nodes are dropped, one by one; 0 drops none."""
+    """Nats by which the validation loss may rise in all while the clean-up drops nodes one by one;
+    0 leaves the clean-up out."""
     n_trials: int = 200
-    """Nodes that the clean-up tries to drop at most, the least needed first."""
+    """Number of nodes that the clean-up tries to drop at most, the least needed first."""
     seed: int = 0
-    """Seed of the start and of the minibatches."""
+    """Seed of the noise in the start and of the pairs drawn for each step."""
 
     def __post_init__(self) -> None:
         positive = ("target_loss", "n_pairs", "lr", "theta", "clip")
@@ -70,5 +76,5 @@ class PruneConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> PruneConfig:
-        """Read plain values; unknown keys are an error."""
+        """Return the config with these fields; an unknown key is a ValueError."""
         return cls(**checked(cls, values, "PruneConfig"))

@@ -3,6 +3,8 @@
 x <- m x + (1 - m) mu                       at every node location, after AbsTopK
 m = 1[tau >= 0],  dm/dtau := sigmoid'(tau / theta) / theta
 loss = task nats + k_coef sum m             AdamW on tau
+
+A node is kept (m = 1) where its score tau is at least 0; the others are held at mu (mask.py).
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ def learn(
 
         loss = mean task nats + k_coef sum m
 
-    The pairs of a step are a pure function of (seed, step). The model itself is not touched.
+    `batch` is the train split. Each step draws `config.n_pairs` of its pairs, by the seed and the
+    step alone, and clips tau to [-1, 1] after the update. The model's weights are not changed.
     """
     n = sum(len(value) for value in ablation.values())
     rng = torch.Generator().manual_seed(config.seed)

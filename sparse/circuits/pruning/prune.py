@@ -4,7 +4,9 @@
     m = 1[tau >= 0],  dm/dtau := sigmoid'(tau / theta) / theta
     loss = task nats + k_coef sum m             AdamW on tau, then rank by tau and search the size
 
-Three splits: train finds tau and the calibration, validation the size, test is only reported.
+mask.py explains the letters, learn.py learns tau, and search.py finds the size. The train split
+decides tau and the calibration, the validation split decides the size (the train split does where
+there is no other), and the test split is only reported.
 """
 
 from __future__ import annotations
@@ -43,10 +45,11 @@ def prune(
     tokenizer: PreTrainedTokenizerBase | None = None,
     means: Values | None = None,
 ) -> Circuit:
-    """Return the smallest circuit found whose validation loss meets the target.
+    """Return the smallest circuit found whose validation loss is at most (1 - margin) target_loss.
 
-    Tokenizer and node means come from the model's own folder unless given. When no size meets the
-    target, the circuit of least validation loss comes back with `met` False and a note.
+    The tokenizer and the node means come from the model's own folder unless they are given. Where
+    no size that was tried reaches this goal, the one of least validation loss is returned; if that
+    misses target_loss too, `met` is False and a note says so.
 
     >>> from bridges import load_run
     >>> from sparse import PruneConfig, get_task, prune
@@ -93,7 +96,10 @@ def _choose(
     batches: Mapping[str, TaskBatch],
     config: PruneConfig,
 ) -> tuple[list[Node], dict[str, Any]]:
-    """Rank the nodes by tau, search the size, clean up; return the nodes and how it went."""
+    """Rank the nodes by tau, search the size and clean up.
+
+    Returns the nodes, and what the search measured for `Circuit.config`.
+    """
     chooser = batches.get("validation", batches["train"])
     everything = nodes_of(empty.ablation)
     place = {node: i for i, node in enumerate(everything)}
@@ -116,7 +122,10 @@ def _choose(
 
 
 def _silent(circuit: Circuit, model: SparseGPT) -> set[Node]:
-    """Nodes that only an edge can carry further, and that have none."""
+    """Return the nodes of the circuit that nothing in it reads.
+
+    They are at locations where only an edge leads further, and no edge starts at them.
+    """
     sources = {edge.source for edge in circuit.edges(model)}
     carried = ("attn.act_in", "attn.v", "mlp.act_in", "mlp.post_act")
     return {n for n in circuit if n.location.partition(".")[2] in carried} - sources
@@ -125,7 +134,10 @@ def _silent(circuit: Circuit, model: SparseGPT) -> set[Node]:
 def _measure(
     model: SparseGPT, circuit: Circuit, batches: Mapping[str, TaskBatch]
 ) -> tuple[dict[str, float], tuple[float, float]]:
-    """Losses of the circuit and of its references on every split, and the calibration."""
+    """Return the losses of the circuit and its references on every split, and the calibration.
+
+    The references are the whole model, the model with no node kept, and the circuit's complement.
+    """
     kept = circuit.masks()
     cases = {
         "full": {at: torch.ones_like(m) for at, m in kept.items()},

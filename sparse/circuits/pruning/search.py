@@ -12,8 +12,9 @@ def smallest(
 ) -> tuple[int, dict[int, float]]:
     """Return the smallest k found with loss(k) <= goal, and every loss(k) that was measured.
 
-    Doubles k until the goal is met, bisects, then tries the `window` sizes below, since the loss
-    is not monotone. When no k meets the goal, returns the one of least loss.
+    k is doubled from 0 up to at most n until the goal is met, then bisected. Then the `window`
+    sizes below the answer are tried, smallest first, since the loss is not monotone in k. Where no
+    k that was tried meets the goal, the one of least loss is returned.
     """
     curve: dict[int, float] = {}
 
@@ -40,10 +41,10 @@ def clean(
     silent: Collection[Node] = (),
     n_trials: int = 200,
 ) -> list[Node]:
-    """Drop, one at a time, nodes without which the loss stays within `limit`.
+    """Return `nodes` without those that can be dropped one by one while loss(rest) <= limit.
 
-    `nodes` come best first; those with no way out (`silent`) are tried first, then from the end,
-    `n_trials` in all.
+    `nodes` are in the order of the ranking, best first. The `silent` ones, which nothing reads, are
+    tried first, then the others; both from the end of the ranking. At most `n_trials` are tried.
     """
     kept = list(nodes)
     for node in sorted(reversed(nodes), key=lambda n: n not in silent)[:n_trials]:

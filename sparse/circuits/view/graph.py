@@ -14,16 +14,17 @@ from sparse.circuits.graph import Node
 from sparse.model.gpt import SparseGPT
 
 MOST_NODES = 300
-"""Nodes of a circuit that are drawn, the best connected ones."""
+"""At most this many nodes of a circuit are drawn: those with the most edges."""
 
 
 def to_networkx(circuit: Circuit, model: SparseGPT) -> nx.DiGraph:
     """Return the circuit as a directed graph whose nodes are `Node`s in forward order.
 
     A node has a `name`, a `location` and an `index`. An edge of kind "weight" is an edge of the
-    circuit and has its `weight`; one of kind "link" joins a write to a later read of the same
-    residual channel. A link is no edge of the circuit (docs/method.md#edges), but it is how what
-    was written gets on, so paths through the whole circuit need both.
+    circuit and has its `weight`. An edge of kind "link" joins a node that writes a residual channel
+    to one that reads the same channel later. A link is not an edge of the circuit
+    (docs/method.md#edges), but the residual stream carries what was written along it, so paths
+    through the whole circuit need both kinds.
 
     >>> from bridges import load_run
     >>> from sparse import to_networkx
@@ -51,7 +52,8 @@ def to_networkx(circuit: Circuit, model: SparseGPT) -> nx.DiGraph:
 def graph(model: SparseGPT, circuit: Circuit) -> dict[str, Any]:
     """Return the circuit as plain data to draw: nodes in forward order, weighted edges, links.
 
-    At most MOST_NODES nodes are kept, those with most edges; `n_nodes` and `n_edges` count all.
+    At most MOST_NODES nodes are in it, those with the most edges. `n_nodes` and `n_edges` count all
+    nodes and edges of the circuit. layout.py places them.
     """
     g = to_networkx(circuit, model)
     kinds = nx.get_edge_attributes(g, "kind")

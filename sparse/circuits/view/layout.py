@@ -1,6 +1,6 @@
-"""Where the nodes and edges of a circuit's drawing go, as plain numbers.
+"""The places of nodes and edges in the drawing of a circuit, in pixels.
 
-Nothing here makes markup or formats a number: the template of the page does both.
+The template of the page makes the markup; all that is text here is the path of a curve (`_bend`).
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ Neighbours = Mapping[str, list[str]]
 LEFT, TOP = 40, 52
 """Pixels before the first column and above the first node."""
 SWEEPS = 8
-"""How often the columns are put in order by their neighbours; more changes nothing to be seen."""
+"""How often the columns are sorted by the heights of their neighbours; more sweeps change nothing
+that can be seen."""
 
 
 def graph_layout(graph: Mapping[str, Any]) -> dict[str, Any]:
     """Return the circuit laid out in columns, one per location in forward order.
 
     `graph` is what `graph.graph` returns. Within a column, nodes are ordered by the mean height of
-    what they are joined to.
+    the nodes that edges and links join them to.
     """
     columns, joined = _columns(graph), _neighbours(graph)
     height = _heights(columns, joined)
@@ -66,7 +67,7 @@ def _columns(graph: Mapping[str, Any]) -> Columns:
 
 
 def _neighbours(graph: Mapping[str, Any]) -> Neighbours:
-    """Return what every node is joined to, by edges and by links."""
+    """Return, for every node, the nodes that edges and links join it to."""
     joined: dict[str, list[str]] = defaultdict(list)
     for join in [*graph["edges"], *graph["links"]]:
         joined[join["source"]].append(join["target"])
@@ -75,7 +76,7 @@ def _neighbours(graph: Mapping[str, Any]) -> Neighbours:
 
 
 def _heights(columns: Columns, joined: Neighbours) -> dict[str, float]:
-    """Return the height of every node, 0 to 1; the columns are put in that order in place."""
+    """Return the height of every node, from 0 at the top to 1; sort the columns by it in place."""
     height: dict[str, float] = {}
     for ids in columns.values():
         height |= {node: i / len(ids) for i, node in enumerate(ids)}
@@ -90,7 +91,10 @@ def _heights(columns: Columns, joined: Neighbours) -> dict[str, float]:
 def _edges(
     graph: Mapping[str, Any], place: Mapping[str, tuple[Number, Number]]
 ) -> list[dict[str, Any]]:
-    """Return every edge with its path, its width by its share of the heaviest, and its sign."""
+    """Return every edge with its path, its sign, and its stroke, which is wider for a larger |w|.
+
+    The stroke is 0.6 pixels plus 2.6 times the weight's share of the largest one.
+    """
     heaviest = max((abs(edge["weight"]) for edge in graph["edges"]), default=1.0) or 1.0
     return [
         {
@@ -104,6 +108,7 @@ def _edges(
 
 
 def _bend(a: tuple[Number, Number], b: tuple[Number, Number]) -> str:
+    """Return the SVG path of a curve from `a` to `b` that is level at both ends."""
     (x, y), (u, v) = a, b
     third = (u - x) / 2.2
     return f"M{x},{y} C{x + third:.1f},{y} {u - third:.1f},{v} {u},{v}"

@@ -18,7 +18,7 @@ def task_names() -> tuple[str, ...]:
 
 
 def get_task(name: str) -> Task:
-    """Return a built-in task, or with `<name>:nonsense` its nonsense twin.
+    """Return a built-in task, or with `<name>:nonsense` its nonsense twin (`Task.nonsense`).
 
     >>> from sparse import get_task
     >>> task = get_task("single_double_quote")

@@ -1,4 +1,8 @@
-"""Tasks about Python code. What all splits of a task share is the frame of its contexts."""
+"""The built-in tasks, all about Python code.
+
+The contexts of a task have the same frame in all splits. The names, words and numbers that fill it
+are in one split only (words.py).
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,10 @@ from .words import FUNCTIONS, LISTS, NAMES, VARIABLES, WORDS, _meetings, deal
 
 
 def quotes(split: int) -> list[Contexts]:
-    """An attribute set to a string that is still open, in double and in single quotes."""
+    """Return pairs in which a string is still open, in double quotes and in single quotes.
+
+    An example is `    self.name = "red` and `    self.name = 'red`.
+    """
     names, words = deal(NAMES, split), deal(WORDS, split)
     frame = "    self.{name} = {quote}{word}"
     return [
@@ -17,11 +24,15 @@ def quotes(split: int) -> list[Contexts]:
 
 
 def brackets(split: int) -> list[Contexts]:
-    """A list of numbers that is still open, one bracket deep and two.
+    """Return pairs in which a list of numbers is still open, one bracket deep and two deep.
 
-    Which forms are equally long differs between tokenizers, so three are offered:
-    `[1, 2, 3, 4` and `[[1, 2], [3, 4`; the same with one more number in the flat one and two inner
-    breaks; and `[ 1, 2, 3` and `[[1], [2], [3`, where a space stands in for the bracket.
+    The two contexts of a pair must have equally many tokens. Which forms do differs between
+    tokenizers, so three kinds of pairs are offered, and `Task.batch` drops those that do not fit:
+
+        [1, 2, 3, 4              [[1, 2], [3, 4
+        [1, 2, 3, 4, 5, 6, 7     [[1, 2], [3, 4], [5, 6
+        [ 1, 2, 3                [[1], [2], [3         or with 4 numbers, in twos; a space stands
+                                                       in for the second bracket
     """
     names = deal(LISTS, split)
     numbers = deal([str(n) for n in range(1, 100)], split)
@@ -41,7 +52,7 @@ def brackets(split: int) -> list[Contexts]:
 
 
 def loops(split: int) -> list[Contexts]:
-    """A method whose last line opens a loop, or returns."""
+    """Return pairs of functions whose last line begins a loop (`while True`) or returns `True`."""
     frames = (
         "    def {f}(self, {v}):\n        self.{v} = {v}\n        ",
         "    def {f}(self):\n        {v} = self.{v}\n        ",

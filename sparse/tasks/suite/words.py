@@ -1,7 +1,7 @@
 """The words that contexts are made of, and how they are dealt out to the splits.
 
-Splits share no content: every list is dealt out in turn, of every five entries three to train, one
-to validation and one to test, and no word stands in two lists.
+Splits share no words: every list is dealt out in turn, of every five entries three to train, one to
+validation and one to test, and no word is in two lists.
 """
 
 from __future__ import annotations
@@ -29,12 +29,15 @@ times prices totals marks ids""".split()
 
 
 def deal(entries: Sequence[str], split: int) -> list[str]:
-    """Return the entries of a split: of every five three to split 0, one to 1, one to 2."""
+    """Return the entries of a split: of every five, three for split 0, one for 1 and one for 2."""
     return [entry for i, entry in enumerate(entries) if max(i % 5 - 2, 0) == split]
 
 
 def _meetings(first: list[str], second: list[str], n: int) -> list[tuple[str, str]]:
-    """Return n distinct couples, all entries about equally often."""
+    """Return n distinct couples of an entry of `first` and one of `second`.
+
+    Every entry is in about equally many couples.
+    """
     every = [
         (a, second[(i + j) % len(second)]) for j in range(len(second)) for i, a in enumerate(first)
     ]

@@ -110,7 +110,7 @@ class Intervention(ABC):
         return [Edit(site=at, direction=delta, amount=strength, prompt_only=True)]
 
     def chosen(self, mapped: Mapped) -> stream_change.Chosen:
-        """Return the nodes it is done to, as masks by location, without locations that have none."""
+        """Return the nodes it is done to, as masks by location; empty masks are left out."""
         circuit = mapped.circuit
         if self.nodes is not None:
             circuit = circuit.with_nodes(self.nodes, "chosen")

@@ -1,7 +1,9 @@
 """Give keys to the rows of reports of schema 1, in which a score had no key and no outcome.
 
 In schema 1 a row was identified by its name. This file lists the names that the claims used, with
-the key that each row has now.
+the key that each row has now. One kind of row cannot get its present key: where the circuit of a
+nonsense twin has another size than the circuit, the name does not tell whether it is the one that
+`prune` found or the one made at the circuit's size, so the key holds both sizes instead.
 """
 
 from __future__ import annotations

@@ -5,12 +5,12 @@
 Each checkout runs the same small job in a process of its own, at fixed seeds, on this machine: 20
 co-training steps and 20 pretraining steps (every logged loss and gradient size, and a hash of the
 weights), one pruning (losses, calibration and nodes) and one quick report (every value, control and
-draw). All numbers are written exactly, as hexadecimal floats, and compared as text. Nothing is
-recorded beforehand, because digits belong to one machine.
+draw). All numbers are written exactly, as hexadecimal floats, and compared as text. There are no
+recorded numbers to compare with, because the last digits differ from machine to machine.
 
-This is how a refactoring proves itself: the two sides agree, or the first lines that differ are
-shown and the exit status is 1. A control, `--change`, moves one weight in NEW by one unit
-in the last place before anything runs: with it the sides must differ.
+Use it to show that a refactoring changes nothing: either the two sides agree, or the first lines
+that differ are shown and the exit status is 1. As a control, `--change` moves one weight in NEW by
+one unit in the last place before anything runs; with it the sides must differ.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from pathlib import Path
 
 STEPS = 20
 BATCH, LENGTH = 4, 64
-CLOCK = "time/"  # keys of the log that are no result
+CLOCK = "time/"  # how the keys of the log begin that hold times, which are not compared
 
 
 def main() -> int:
@@ -68,7 +68,7 @@ def run(checkout: Path, change: bool) -> list[str]:
 
 
 def report_numbers(change: bool) -> None:
-    """Print every number of the job; only public names that both sides have are used."""
+    """Print every number of the job. It uses public names only, which both sides must have."""
     import sparse
 
     here = Path(os.environ["PYTHONPATH"])
@@ -185,7 +185,7 @@ def spoil(model) -> None:
 
 
 def spoil_map(bridges) -> None:
-    """The same for one weight of every encoder and decoder."""
+    """Move one weight of every encoder and decoder by one unit in the last place."""
     import torch
 
     for layer in (*bridges.encoders, *bridges.decoders):
@@ -194,7 +194,7 @@ def spoil_map(bridges) -> None:
 
 
 def text(tokenizer):
-    """Batches and held-out blocks of this Python's own sources."""
+    """Return batches and held-out blocks, of the source files of the Python that runs this."""
     from sparse import Batches, load_corpus, pack
 
     documents = list(load_corpus(None).train)[:40]
@@ -203,7 +203,7 @@ def text(tokenizer):
 
 
 def logged(folder: str) -> list[str]:
-    """Every number of the log but times, written exactly."""
+    """Return every number of the log except times, written exactly."""
     import json
 
     lines = []

@@ -72,8 +72,9 @@ _HOME = {
 def _check_siblings() -> None:
     """Raise ImportError where `sparse`, `dense` or `evals` is somebody else's package.
 
-    PyData's `sparse` and OpenAI's `evals` have the same import names; whichever comes first on
-    sys.path wins. Nothing is imported here.
+    PyData's `sparse` and OpenAI's `evals` have the same import names, and Python takes whichever
+    comes first on sys.path. The check reads the text of each package's __init__.py and looks for
+    our mark in it; it imports none of them.
     """
     for name in ("sparse", "dense", "evals"):
         spec = find_spec(name)
@@ -91,7 +92,7 @@ _check_siblings()
 
 
 _RENAMED = {"Weights": "LossWeights", "Probe": "StepTime", "probe": "time_steps"}
-"""Names of before, which answer with the new one for a while."""
+"""Old public names to new ones. An old name still works, with a DeprecationWarning."""
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,8 @@
-"""What a model must offer to be bridged, whichever package it is from."""
+"""The methods that a model must have to be bridged, whichever package it is from.
+
+They are written down as protocols, so that `dense` and `sparse` need not know each other: a model
+fits because it has these methods, not because it inherits from a class here.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +15,10 @@ from torch import Tensor
 
 @runtime_checkable
 class ResidualModel(Protocol):
-    """A language model whose residual stream can be read at every site and taken up again.
+    """A language model whose residual stream can be read at every site and run on from any site.
 
-    `DenseModel` and `SparseGPT` are two; their docstrings say what each method returns.
+    A site is a place in the residual stream (`BridgeConfig` says how they are numbered).
+    `DenseModel` and `SparseGPT` are two such models; their docstrings say what each method returns.
     """
 
     @property
@@ -50,16 +55,19 @@ class ResidualModel(Protocol):
 
 @runtime_checkable
 class FrozenModel(ResidualModel, Protocol):
-    """A `ResidualModel` beside the training: `DenseModel`."""
+    """A `ResidualModel` that is used in training but not itself trained, such as `DenseModel`."""
 
     model: Any
-    """The module inside, which can be moved to a device."""
+    """The torch module inside, which `cotrain` moves to the device of the training."""
 
     @property
     def fingerprint(self) -> str: ...
 
 
 def fingerprint(model: ResidualModel) -> str:
-    """Return a model's own fingerprint, whether it offers it as a method or a property."""
+    """Return a model's own fingerprint, a hash of its weights and shape.
+
+    `SparseGPT.fingerprint` is a method and `DenseModel.fingerprint` a property; this reads both.
+    """
     mark: Any = model.fingerprint  # pyright: ignore[reportAttributeAccessIssue]
     return str(mark() if callable(mark) else mark)

@@ -6,6 +6,8 @@ RUN/bridges/                 state.json, bridges.safetensors
 RUN/heldout.safetensors      validation blocks that no training step saw
 RUN/circuits/<task>/         circuit.json, circuit.safetensors
 RUN/log.jsonl, checkpoints/  what training wrote
+
+A fingerprint is a hash of a model's weights; it shows whether two files belong to the same model.
 """
 
 from __future__ import annotations
@@ -39,35 +41,41 @@ PACKAGES = ("torch", "transformers", "accelerate", "nnsight", "safetensors", "sc
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What `load_run` opens."""
+    """An opened run folder: both models, the bridges, the tokenizer. `load_run` makes it."""
 
     folder: Path
-    """What is read."""
+    """The folder that the run was read from."""
     output: Path
     """Where new circuits and reports go: `folder`, or runs/tiny for the built-in run."""
     dense: DenseModel
     sparse: SparseGPT
     bridges: BridgeSet
     tokenizer: Any
+    """The tokenizer that both models share."""
     manifest: dict[str, Any]
+    """What manifest.json says: which dense model, which settings, data and versions."""
 
     def __repr__(self) -> str:
         n = len(self.bridges.config.sites)
         return f"Run({str(self.folder)!r}, dense {self.dense.name!r}, bridges at {n} sites)"
 
     def circuits(self) -> dict[str, Circuit]:
-        """Return the circuits saved in the run, by task name; new ones go before built-in ones."""
+        """Return the circuits saved in the run, by task name.
+
+        The built-in run keeps new circuits apart, in `output`. Where both places hold a circuit
+        for one task, the one in `output` is returned.
+        """
         places = dict.fromkeys((self.folder, self.output))
         found = [path for at in places for path in sorted(at.glob("circuits/*/circuit.json"))]
         loaded = (Circuit.load(path.parent) for path in found)
         return {circuit.task.name: circuit for circuit in loaded}
 
     def circuit_folder(self, task_name: str) -> Path:
-        """Return where the circuit for a task is, or goes."""
+        """Return the folder in which a new circuit for a task is saved."""
         return self.output / "circuits" / task_name.replace(":", "-")
 
     def heldout(self) -> Int[Tensor, "block pos"]:
-        """Return the run's validation blocks."""
+        """Return the run's validation blocks: token ids that no training step saw."""
         path = self.folder / "heldout.safetensors"
         try:
             return load(path.read_bytes())["blocks"]
@@ -75,7 +83,10 @@ class Run:
             raise ValueError(f"{path} cannot be read ({error}); {RESTORE}") from error
 
     def log(self) -> list[dict[str, Any]]:
-        """Return the lines of the training log; a last line torn by a kill is left out."""
+        """Return the lines of the training log, one dict each.
+
+        A training that is killed may leave half a last line; that line is left out.
+        """
         path = self.folder / "log.jsonl"
         try:
             lines = path.read_text().splitlines(keepends=True)
@@ -84,9 +95,10 @@ class Run:
             raise ValueError(f"{path} cannot be read ({error}); {RESTORE}") from error
 
     def export(self, folder: str | Path) -> None:
-        """Write a small copy to give away: everything `load_run` opens, the zeros left out.
+        """Write a small copy of the run, to give away.
 
-        Weights load from it to the same bits; checkpoints, log and reports stay behind.
+        It has everything that `load_run` opens. The twin's zero weights are not stored, yet the
+        weights load to the same bits. Checkpoints, log and reports are not copied.
         """
         folder, source = Path(folder), self.sparse.source
         of = self.sparse.fingerprint()
@@ -117,9 +129,10 @@ def save_run(
 ) -> Run:
     """Write a run folder and return it opened.
 
-    `means_from` is the text over which the node means are taken (training text), `heldout` the
-    blocks later evaluations use, `facts` whatever the manifest should say besides (settings, data,
-    command). The dense model's tokenizer is saved beside the sparse model.
+    `means_from` is the text over which the node means are taken; give training text, because
+    ablations hold a node at its mean there. `heldout` are the blocks that later evaluations use.
+    `facts` are entries added to the manifest (settings, data, command). The dense model's tokenizer
+    is saved beside the sparse model. Raises ValueError where the dense model has none.
 
     >>> import tempfile
     >>> from bridges import load_run, save_run
@@ -157,10 +170,12 @@ def save_run(
 
 
 def load_run(folder: str | Path, dense: DenseModel | str | None = None) -> Run:
-    """Open a run folder; the dense model, or its name or folder, is the manifest's unless given.
+    """Open a run folder and return its models, bridges and tokenizer.
 
-    "tiny" is the built-in run (its card: bridges/tiny_run/README.md), which is only read.
-    A dense model other than the one the bridges were trained with is refused by fingerprint.
+    `dense` is the dense model, or its name or folder; by default the one that the manifest names.
+    The folder "tiny" is the built-in run (its card: bridges/tiny_run/README.md), which is never
+    written to. Raises ValueError where a file is missing or broken, and where the fingerprint of
+    the dense model is not that of the model the bridges were trained with.
 
     >>> from bridges import load_run
     >>> run = load_run("tiny")  # the built-in run; else a folder
@@ -201,7 +216,10 @@ def load_run(folder: str | Path, dense: DenseModel | str | None = None) -> Run:
 
 
 def _twin(folder: Path) -> tuple[SparseGPT, Any]:
-    """Open the sparse model and the tokenizer beside it; what is wrong there names the folder."""
+    """Return the sparse model in `folder` and the tokenizer beside it.
+
+    Raises ValueError, naming the folder, where a file there is missing or broken.
+    """
     if not (folder / "config.json").is_file():  # transformers would go on with the defaults
         raise ValueError(f"config.json of {folder} is missing; {RESTORE}")
     try:
@@ -213,7 +231,8 @@ def _twin(folder: Path) -> tuple[SparseGPT, Any]:
 def run_folder(circuit: Circuit, remedy: str) -> Path:
     """Return the folder of the sparse model that a circuit came from.
 
-    Raises ValueError, with the remedy, where it is not known or not there.
+    Raises ValueError where the circuit does not know its folder, or the folder is not there.
+    `remedy` is the argument that the message tells the caller to pass instead.
     """
     if circuit.source is None:
         raise ValueError(

@@ -2,9 +2,11 @@
 
     h_s[b, p] <- h_s[b, p] + amount[b, p] * direction[b, p]      at the site s and positions p
 
-In a generation the prompt is one pass and every new token another. What is said of the prompt's
-positions, by naming them or by a direction of its own for each, holds for the prompt alone; a
-direction that is the same at all positions holds at the generated ones too.
+A site is a place in the residual stream (`DenseModel` says how they are numbered). In a generation
+the prompt is one pass and every new token is another. An edit that names positions, or that has a
+different direction or amount at each position, acts on the prompt only: it says nothing about later
+tokens. An edit that is the same at all positions acts on the generated ones too, unless
+`prompt_only` is set.
 """
 
 import math
@@ -25,8 +27,8 @@ from .model import DenseModel
 class Edit:
     """What is added to the residual stream of a dense model at one site.
 
-    An edit at site s and its negative at s+1 move only what sublayer s reads: the first is seen
-    by the sublayer and carried along the stream, the second takes it out of the stream again.
+    To change only what sublayer s reads, make an edit at site s and its negative at site s+1. The
+    sublayer sees the first; the second takes the change out of the stream again.
     """
 
     site: int
@@ -36,8 +38,8 @@ class Edit:
     amount: float | Tensor = 1.0
     """Factor on the direction, a number or a tensor that broadcasts to (batch, pos)."""
     position: None | int | tuple[int, ...] = None
-    """Positions of the prompt that are edited, counted over the real tokens of each row, negative
-    ones from its end; None is all positions."""
+    """Positions of the prompt that are edited, counted over the real tokens of each row without its
+    padding; negative ones count from the row's end. None means all positions."""
     prompt_only: bool = False
     """Whether generated positions are left alone. An edit at named positions, or with a direction
     or an amount of its own for each position, leaves them alone in any case."""
@@ -54,10 +56,11 @@ class Edit:
     ) -> Float[Tensor, "batch pos d_dense"]:
         """Return what this edit adds to the residual `h`, zero at other positions.
 
-        `attention_mask` has the real tokens of the prompt's last columns, by default all of them;
-        columns before it are padding. `step` is the number of tokens generated so far: h is then
-        one new position (with a cache) or the prompt and `step` more. Raises ValueError for a
-        direction, an amount or a position that does not fit `h`.
+        `attention_mask` says which tokens of the prompt are real, by default all. If it has fewer
+        columns than the prompt, it belongs to the last ones, and the columns before are padding.
+        `step` is the number of tokens generated so far. If it is above 0, h is either one new
+        position (with a cache) or the prompt and `step` positions more (without). Raises ValueError
+        for a direction, an amount or a position that does not fit `h`.
         """
         if self._everywhere():
             return self._product(h)
@@ -76,12 +79,12 @@ class Edit:
         return F.pad(delta, (0, 0, pad, h.shape[1] - n_prompt))
 
     def length(self) -> int:
-        """Return for how many positions it has values of their own, 1 if for none."""
+        """Return how many positions the edit has values for; 1 if all positions share one."""
         amount = self.amount.shape[-1:] if isinstance(self.amount, Tensor) else ()
         return max(*self.direction.shape[-2:-1], *amount, 1, 1)
 
     def _everywhere(self) -> bool:
-        """Whether it is the same at every position and says so of generated ones too."""
+        """Return whether the edit acts alike at every position, generated ones too."""
         return not (self.length() > 1 or self.prompt_only or self.position is not None)
 
     def _product(self, h: Tensor) -> Tensor:
@@ -99,7 +102,7 @@ class Edit:
         return (amount[..., None] * direction).expand(h.shape)
 
     def _chosen(self, real: Tensor) -> Tensor:
-        """Which columns are edited, (rows, pos): the p-th real token of each row."""
+        """Return which columns are edited, (rows, pos): the p-th real token of each row."""
         place, count = real.cumsum(-1) - 1, real.sum(-1, keepdim=True)
         least = int(count.min())
         wanted = self.position if isinstance(self.position, tuple) else (self.position,)
@@ -122,7 +125,7 @@ class Edit:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LiveEdit:
-    """An edit computed anew at every pass, from the tokens so far.
+    """An edit that is computed anew at every pass, from the tokens so far.
 
     h_s <- h_s + amount * compute(ids, attention_mask)[:, -n:]      n positions in the pass
     """
@@ -130,9 +133,10 @@ class LiveEdit:
     site: int
     """Residual site in depth order, 0..n_sites-1."""
     compute: Callable[[Tensor, Tensor | None], Tensor]
-    """(ids, attention_mask), both (batch, pos) over prompt and generated tokens, to what is added,
-    (batch, pos, d). The mask is None where the model got none. The value at a position may depend
-    on that token and earlier ones only, since a cache does not visit positions again."""
+    """A function of (ids, attention_mask) that returns what is added, (batch, pos, d). Both
+    arguments are (batch, pos) over prompt and generated tokens; the mask is None where the model
+    got none. What is added at a position may depend only on that token and earlier ones, because a
+    generation with a cache does not visit a position again."""
     amount: float | Tensor = 1.0
     """Factor on what is computed."""
 
@@ -143,13 +147,16 @@ class LiveEdit:
     def delta(
         self, h: Tensor, ids: Tensor | None, attention_mask: Tensor | None
     ) -> Float[Tensor, "batch pos d_dense"]:
-        """Return what this edit adds to the residual `h` of the last positions of `ids`."""
+        """Return what this edit adds to the residual `h` of the last tokens of `ids`.
+
+        Raises ValueError without `ids`, and where `compute` gives another shape than that of `h`.
+        """
         if ids is None:
             raise ValueError(
                 f"LiveEdit at site {self.site} needs the tokens so far: pass ids= to apply_edits, "
                 "or enter it with editing(...)"
             )
-        if attention_mask is not None:  # what was generated is real
+        if attention_mask is not None:  # generated tokens are real, not padding
             attention_mask = F.pad(
                 attention_mask, (0, ids.shape[1] - attention_mask.shape[1]), value=1
             )

@@ -1,11 +1,11 @@
-"""What a dense model is: the hash of its weights and of the config fields that shape it."""
+"""The fingerprint of a dense model: a hash of its weights and the config fields that shape it."""
 
 import hashlib
 from typing import Any
 
 import torch
 
-_SHAPING = (  # config fields that, with the weights, decide the function; absent ones count as None
+_SHAPING = (  # config fields that, with the weights, decide what the model computes; else None
     "model_type vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads "
     "head_dim intermediate_size n_inner max_position_embeddings hidden_act activation_function "
     "layer_norm_epsilon layer_norm_eps rms_norm_eps sliding_window layer_types"
@@ -13,10 +13,10 @@ _SHAPING = (  # config fields that, with the weights, decide the function; absen
 
 
 def fingerprint(model: Any) -> str:
-    """Return the sha256 of the weights and of the config fields that decide the function.
+    """Return the sha256 of the weights and of the config fields that decide what is computed.
 
-    Covers name, dtype, shape and bytes of every parameter and of every buffer that is saved
-    (quantised weights are such), not names or paths of files.
+    It covers name, dtype, shape and bytes of every parameter and of every buffer that is saved,
+    such as quantised weights. Names and paths of files do not matter.
     """
     config = model.config.get_text_config()
     digest = hashlib.sha256()

@@ -1,4 +1,4 @@
-"""How the model is called here: its keyword arguments from ids, mask and positions, checked."""
+"""Make and check the keyword arguments with which a model is called here."""
 
 import inspect
 from typing import Any
@@ -8,11 +8,12 @@ from torch import Tensor
 
 
 class Inputs:
-    """Makes the keyword arguments of one model's forward; never with a cache.
+    """Makes the keyword arguments of one model's forward from ids, mask and positions.
 
-    With a mask, positions count the real tokens unless given, so that a padded row answers as it
-    does alone; where a short probe shows that it does not, padding on the left is refused. Raises
-    ValueError for what the model cannot take.
+    The model is never asked for a cache. With a mask and without positions, the positions number
+    the real tokens of each row, so that a padded row gives the same logits as it does alone. Some
+    models do not do so even then; a short probe finds out when the model is opened, and for them
+    padding on the left is refused. Raises ValueError for what the model cannot take.
     """
 
     def __init__(self, model: Any) -> None:
@@ -20,12 +21,12 @@ class Inputs:
         self.family = model.config.model_type
         self.takes = set(inspect.signature(type(model).forward).parameters)
         self.takes_mask = "attention_mask" in self.takes
-        self.pads_left = True  # until shown otherwise (proof.pads_left)
+        self.pads_left = True  # DenseModel sets it to what proof.pads_left finds
 
     def __call__(
         self, ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
     ) -> dict[str, Any]:
-        """Return the arguments; what the ids are is not looked at."""
+        """Return the arguments. Shapes are checked, but not whether the ids can be embedded."""
         self._check(ids)
         kwargs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
         takes_positions = "position_ids" in self.takes
@@ -42,15 +43,15 @@ class Inputs:
 
     @property
     def limit(self) -> int | None:
-        """Positions that the model was built for, None where its config names no number."""
+        """Largest number of positions the model was built for; None where its config has none."""
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         return limit if limit is not None and limit > 0 else None
 
     def check_embeddable(self, ids: Tensor) -> None:
         """Raise ValueError for ids outside the embedding.
 
-        On an accelerator the question is put to the device, which does not wait for the answer: a
-        wrong id stops the program there, with this message.
+        On an accelerator the check is queued on the device and this call returns without waiting
+        for its result. A wrong id then stops the program there, with this message.
         """
         self._check(ids)
         n_embedded = self.model.get_input_embeddings().weight.shape[0]

@@ -1,8 +1,8 @@
-"""Open a model by name or folder, from what is on this machine first; refuse what cannot serve.
+"""Open a model by name or folder, preferring what is on this machine; refuse unsuitable ones.
 
-A folder never touches the network. Nor does a name whose config and weights are in the Hugging
-Face cache: it opens as the folder it is there. Otherwise the hub is asked once whether it answers,
-within seconds, before anything is fetched.
+Opening a folder never uses the network. Nor does a name whose config and weights are in the Hugging
+Face cache: its folder in the cache is opened. For any other name the hub is asked once, for a few
+seconds at most, whether it answers, before anything is fetched.
 """
 
 import ssl
@@ -64,7 +64,7 @@ def _model(source: str, kwargs: dict[str, Any]) -> Any:
 
 
 def _tokenizer(source: str, kwargs: dict[str, Any]) -> Any:
-    """Return the tokenizer that lies beside the model, None if there is none."""
+    """Return the tokenizer saved beside the model, None if there is none."""
     from transformers import AutoTokenizer
     from transformers.utils.hub import cached_file
 
@@ -80,7 +80,8 @@ def _tokenizer(source: str, kwargs: dict[str, Any]) -> Any:
 def _on_this_machine(source: str, kwargs: dict[str, Any]) -> tuple[Path | None, str | None]:
     """Return the folder that holds `source` here, or None and the first file that is missing.
 
-    A name in the cache is its snapshot folder, so that opening it asks the hub nothing.
+    For a name in the cache this is its snapshot folder, so that opening it does not ask the hub.
+    Raises FileNotFoundError for a folder that is incomplete or not there.
     """
     folder = Path(source).expanduser()
     if folder.is_dir():
@@ -139,7 +140,7 @@ def _unreachable(url: str) -> str | None:
 
 
 def refuse_unsuitable(model: Any) -> None:
-    """Raise SiteError for models that no probe could bridge."""
+    """Raise SiteError for models that cannot be bridged, as their config or hooks already show."""
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "get_text_config"):
         raise SiteError(

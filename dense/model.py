@@ -1,12 +1,12 @@
-"""A dense Hugging Face language model, read and restarted at its residual sites.
+"""A dense Hugging Face language model, read and resumed at its residual sites.
 
     ids   Int[batch pos]
     h[s]  Float[batch pos d_dense]      the residual at site s = 0 .. n_sites-1
     y     Float[batch pos vocab]        logits
 
-Every run is one forward of the family's own code, in which some blocks are stand-ins
-(stand_ins.py): they record the stream, hand it through, or put another one in its place. Masks,
-rotary tables, the final norm, soft-caps and scalings are therefore the model's own.
+Every run is one forward pass of the family's own code in transformers, in which some blocks are
+replaced by stand-ins (stand_ins.py). A stand-in records the stream, hands it through unchanged, or
+replaces it. So masks, rotary tables, the final norm, soft-caps and scalings are the model's own.
 """
 
 from collections.abc import Mapping
@@ -30,14 +30,15 @@ from .twin import deep_twin, replaced, site_block, transplanted
 class DenseModel:
     """A causal language model with its residual sites found and proven.
 
-    Accepts any loaded `PreTrainedModel` that generates text from one residual stream. The model
-    is put into eval mode and its parameters stop requiring gradients: it is read, never trained.
-    Nothing else on it is changed. Raises SiteError, with what was seen, if the sites of this very
-    model cannot be found or restarting at one of them is not exact.
+    A site is a place in the residual stream. Site 0 is after the embeddings, 2i+1 after attention
+    i, 2i+2 after MLP i. If `has_mid` is False (parallel or post-norm blocks, for example) there is
+    no stream between attention and MLP, and site i+1 is after block i.
 
-    Site 0 is after the embeddings, 2i+1 after attention i, 2i+2 after MLP i. If `has_mid` is
-    False (parallel or post-norm blocks) there is no stream between attention and MLP, and site
-    i+1 is after block i.
+    Any loaded `PreTrainedModel` that generates text from one residual stream can be given. It is
+    put into eval mode and its parameters stop requiring gradients: it is read, never trained.
+    Nothing else on it is changed. When the model is opened its sites are found by probing it
+    (probe.py), and resuming at each of them is compared with the original (proof.py). Raises
+    SiteError, with what was seen, if a site cannot be found or resuming there is not exact.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any = None, *, name: str | None = None) -> None:
@@ -63,7 +64,8 @@ class DenseModel:
         """Open "tiny" (built in), a saved folder, or a name on the Hugging Face hub.
 
         `kwargs` go to transformers; weights are read as fp32 unless `dtype` says otherwise. What
-        is on this machine is not fetched again. Errors: see `load`.
+        is on this machine is not fetched again. Raises FileNotFoundError and ValueError as `load`
+        (load.py) does, and SiteError for a model that cannot be used.
         """
         name = str(name_or_folder)
         if revision := kwargs.get("revision"):
@@ -85,7 +87,10 @@ class DenseModel:
 
     @property
     def pads_left(self) -> bool:
-        """Whether rows may be padded on the left: a short probe answered as it does alone."""
+        """Whether rows may be padded on the left.
+
+        True if, in a probe when the model was opened, such a row gave the logits it gives alone.
+        """
         return self._inputs.pads_left
 
     @property
@@ -110,14 +115,14 @@ class DenseModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device that holds the weights."""
         return next(self.model.parameters()).device
 
     @property
     def fingerprint(self) -> str:
-        """Return the sha256 of the weights and of the config fields that decide the function.
+        """The sha256 of the weights and of the config fields that decide what is computed.
 
-        Computed anew each time it is asked for. See `dense.fingerprint`.
+        It is computed anew each time it is asked for (`dense.fingerprint.fingerprint`).
         """
         return fingerprint(self.model)
 
@@ -131,9 +136,10 @@ class DenseModel:
     ) -> dict[str, Any]:
         """Return the keyword arguments with which the model is called here.
 
-        With a mask, positions count the real tokens unless `position_ids` says otherwise, so that
-        a padded row answers as it does alone. Never with a cache. Raises ValueError for ids that
-        the model cannot embed, and for padding or positions that it cannot take.
+        With a mask, positions count the real tokens of each row unless `position_ids` says
+        otherwise, so that a padded row gives the logits it gives alone. `use_cache` is always
+        False. Raises ValueError for ids that the model cannot embed, and for padding or positions
+        that it cannot take.
         """
         self._inputs.check_embeddable(ids)
         return self._inputs(ids, attention_mask, position_ids)
@@ -155,7 +161,7 @@ class DenseModel:
     ) -> list[Float[Tensor, "batch pos d_dense"]]:
         """Return [h_0 .. h_last], the residual at every site in depth order.
 
-        Without gradient: the model is frozen and nothing before site 0 can carry one.
+        They have no gradient: the model is frozen, and its input is token ids.
         """
         return self._stand_ins.read(self.inputs(ids, attention_mask, position_ids), False)[0]
 
@@ -165,7 +171,7 @@ class DenseModel:
         attention_mask: Shaped[Tensor, "batch pos"] | None = None,
         position_ids: Int[Tensor, "batch pos"] | None = None,
     ) -> tuple[list[Float[Tensor, "batch pos d_dense"]], Float[Tensor, "batch pos vocab"]]:
-        """Return the residual at every site and the logits, from one forward."""
+        """Return the residual at every site and the logits, from one forward pass."""
         return self._stand_ins.read(self.inputs(ids, attention_mask, position_ids), True)
 
     def resume(
@@ -176,13 +182,13 @@ class DenseModel:
         attention_mask: Shaped[Tensor, "batch pos"] | None = None,
         position_ids: Int[Tensor, "batch pos"] | None = None,
     ) -> Float[Tensor, "batch pos vocab"]:
-        """Return the logits when the residual at `site` is `h`.
+        """Return the logits of the model run on from residual `h` at `site`.
 
-            resume(s, h_s, ids) = logits(ids)    for every site s
+            resume(s, h_s, ids) = logits(ids)    for every site s, with h_s = residuals(ids)[s]
 
-        Nothing before the site is computed: `ids` give positions and masks alone, their embedding
-        is not looked up. Gradients flow to `h`. Raises ValueError for a site or an `h` that the
-        model does not have.
+        Nothing before the site is computed. `ids` are the tokens that `h` belongs to; only their
+        shape is used, for positions and masks, and they are not embedded. Gradients flow to `h`.
+        Raises ValueError for a site that the model does not have, or an `h` of another shape.
         """
         self._check_site(site)
         self._check_residual(h, ids)
@@ -199,12 +205,16 @@ class DenseModel:
 
             unembed(joined({s: h_s, ..})[s], ids_s) = resume(s, h_s, ids_s)    for every site s
 
-        One pass over the blocks serves all sites: the rows of site s, (rows_s, pos, d_dense), enter
-        there and stay to the end. Sites may differ in sequences, number of rows and padding, not in
-        pos. Gradients flow to every entry; rows do not see each other. Equal to separate runs bit
-        for bit where kernels treat rows alike, and to rounding otherwise (experts, masked and
-        unmasked rows together). A model whose masks cannot be cut by rows (`apart_because` says
-        why) takes one pass per site. Raises ValueError for entries that do not fit.
+        One pass over the blocks serves all sites: the rows of site s, (rows_s, pos, d_dense), join
+        the batch there and stay to the end. Rows do not see each other. Sites may differ in
+        sequences, number of rows and padding, but not in the number of positions. Gradients flow to
+        every entry.
+
+        The result equals separate runs bit for bit where kernels treat every row alike, and up to
+        rounding elsewhere (experts; masked and unmasked rows together). One pass for all needs the
+        model's masks for the first rows alone. Where these cannot be cut out of the masks for all
+        rows (`apart_because` says why), each site takes a pass of its own. Raises ValueError for
+        entries that do not fit.
         """
         for site, h in entries.items():
             self._check_site(site)
@@ -236,8 +246,9 @@ class DenseModel:
 
             unembed(h[:, a:b], ids[:, a:b]) = resume(n_sites - 1, h, ids)[:, a:b]
 
-        The final norm, the head and whatever scales or caps the logits, and nothing else: a chunk
-        of tokens costs a chunk of logits. Gradients flow to `h`.
+        Only the final norm, the head and what scales or caps the logits are run, token by token; so
+        logits can be computed for some of the tokens, without memory for those of all. Gradients
+        flow to `h`.
         """
         self._check_residual(h, ids)
         one = h.reshape(-1, 1, self.d_resid)  # token 1 d_dense
@@ -246,10 +257,12 @@ class DenseModel:
         return logits.reshape(*ids.shape, -1)
 
     def hookable(self) -> nn.Module:
-        """Return a twin of the model with an identity module at every site (`site_path`).
+        """Return a copy of the model with an identity module at every site (`site_path`).
 
-        It shares every weight and gives the same logits bit for bit. Torch hooks and nnsight read
-        and replace the residual as the output of those modules; none of it reaches the original.
+        The copy, called a hookable twin, shares every weight with the original and gives the same
+        logits bit for bit. The output of an identity module is the residual at its site, which
+        torch hooks and nnsight can read and replace there. Hooks on the copy do not reach the
+        original.
         """
         root = deep_twin(self.model)
         parts = {}
@@ -264,15 +277,16 @@ class DenseModel:
         return root
 
     def compile(self, **options: Any) -> None:
-        """Run every block and half through `torch.compile(**options)` from now on.
+        """Run every block, or half of a block, through `torch.compile(**options)` from now on.
 
-        The model itself is not compiled, nor what `hookable` returns. Numbers are those of the
-        backend: bit for bit with `backend="aot_eager"`, to rounding with inductor.
+        This is for the methods here that read, resume and join. The model itself is not compiled,
+        nor is what `hookable` returns. The numbers are the same bit for bit with
+        `backend="aot_eager"`, and the same up to rounding with inductor.
         """
         self._stand_ins.compile(**options)
 
     def site_path(self, site: int) -> str:
-        """Return the dotted path, in the hookable twin, of the module whose output is the site."""
+        """Return the dotted path, in `hookable()`, of the module whose output is the residual."""
         self._check_site(site)
         k, mid = divmod(site, 2) if self.has_mid else (site, 0)
         if k == self.n_layers:
@@ -280,7 +294,7 @@ class DenseModel:
         return f"{self.layout.path}.{k}.{'resid_mid' if mid else 'resid_pre'}"
 
     def describe(self) -> str:
-        """Return one line: family, depth, sites and why there are so many."""
+        """Return one line of text: family, depth, number of sites, and where they are."""
         composition, seen = self.layout.composition, self.layout.seen
         why = {
             "sequential": "after the embeddings, each attention and each MLP",

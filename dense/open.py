@@ -1,4 +1,4 @@
-"""Opening a dense model, whatever it is given as."""
+"""Open a dense model from whatever it is given as."""
 
 from pathlib import Path
 from typing import Any
@@ -9,9 +9,10 @@ from .model import DenseModel
 
 
 def as_dense(model: Any) -> DenseModel:
-    """Return `model` as a DenseModel: one already, a PreTrainedModel, an nnsight wrapper or a name.
+    """Return `model` as a DenseModel.
 
-    A wrapper gives the model inside it, and its tokenizer. Raises ValueError for anything else.
+    `model` may be a DenseModel, a PreTrainedModel, an nnsight wrapper of one (whose tokenizer is
+    kept), or a name or folder. Raises ValueError for anything else.
 
     >>> from transformers import GPT2Config, GPT2LMHeadModel
     >>> from dense import as_dense

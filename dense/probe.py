@@ -1,14 +1,16 @@
 """Find the residual sites of any decoder by probing the model in hand.
 
-A block has a site inside it when silencing one sublayer at a time splits it exactly:
+A block has a site inside it, between attention and MLP, when it can be split exactly in two halves:
 
     block(h) = mlp_half(attn_half(h)),   attn_half: the block with its MLP silenced
                                          mlp_half:  the block with its attention silenced
 
-A sublayer is a child of the block, or two of them that are silenced together (experts beside a
-shared expert, attention beside a state-space mixer). Blocks whose sublayers read the same stream
-(parallel), which have one sublayer (single), which normalise the stream itself (post-norm) or which
-do not come apart (whole) have no such point: such a model has the L+1 sites between its blocks.
+To silence a sublayer is to replace it by something that adds nothing to the stream. A sublayer is a
+child module of the block, or two children that are silenced together (experts beside a shared
+expert, attention beside a state-space mixer). Some blocks have no such point inside: their
+sublayers read the same stream (parallel), there is only one sublayer (single), they normalise the
+stream itself (post-norm), or no choice of children splits them (whole). A model with such a block
+has the L+1 sites between its L blocks.
 """
 
 from collections.abc import Iterator
@@ -32,7 +34,7 @@ from .sites import (
 )
 from .twin import arity, first, silent, take_hidden, twin
 
-# Names only seed the search; all children are tried after them.
+# These names are tried first, because they are likely; after them all children are tried.
 _ATTENTION = ("self_attn", "attn", "self_attention", "attention", "linear_attn", "mixer")
 _MLP = ("mlp", "ffn", "feed_forward", "block_sparse_moe", "moe", "feedforward", "fc2")
 
@@ -50,7 +52,11 @@ class _Seen:
     out: Any
 
     def silences(self, child: nn.Module) -> Iterator[nn.Module]:
-        """The ways of silencing it: write zeros, or hand through an argument of the same shape."""
+        """Yield silent stand-ins for the child whose call this is.
+
+        The first answers with zeros; the others return one of its arguments that has the shape of
+        its output, for families whose sublayers add the residual themselves.
+        """
         out = first(self.out)
         yield silent(child, self.out)
         for key, value in [*list(enumerate(self.args))[1:], *self.kwargs.items()]:
@@ -62,9 +68,9 @@ class _Seen:
 def probe(model: nn.Module) -> Layout:
     """Return the layout of `model`, which must be in eval mode.
 
-    Runs the model once, then each block a few times from a perturbed residual. Raises SiteError
-    with what was seen if the model has no residual stream that blocks hand on; an exception of the
-    model's own code is such an error too and never means fewer sites.
+    Runs the model once, then each block a few times from a perturbed residual. Raises SiteError,
+    with what was seen, if the blocks do not hand on a residual stream. An exception in the model's
+    own code raises a SiteError too; it is not taken to mean that there are fewer sites.
     """
     path, blocks = find_blocks(model)
     with explaining(model, "a forward on probe tokens"):
@@ -114,7 +120,10 @@ def _check_stream(model: nn.Module, k: int, h: Any, out: Any) -> None:
 def _watch(
     model: nn.Module, blocks: tuple[nn.Module, ...]
 ) -> tuple[list[_Seen], list[dict[str, _Seen]]]:
-    """Return how the model calls every block, and every block its children, in one forward."""
+    """Return how the model calls every block, and how every block calls its children.
+
+    Both are recorded in one forward pass on probe tokens.
+    """
     calls: dict[int, _Seen] = {}
     children: list[dict[str, _Seen]] = [{} for _ in blocks]
 
@@ -152,14 +161,15 @@ class _Runner:
         return first(module(self.h if h is None else h, *self.args, **self.kwargs))
 
     def gap(self, got: Tensor, want: Tensor) -> float:
-        """Largest difference relative to what the block adds; NaN when anything is NaN."""
+        """Return the largest difference, relative to what the block adds; NaN if anything is."""
         return ((got - want).abs().max() / (want - self.h).abs().max()).item()
 
 
 def _candidates(children: dict[str, _Seen], width: int, known: list[Pair]) -> Iterator[Pair]:
-    """Groups of children that may be (attention, MLP), likely ones first.
+    """Yield groups of children that may be (attention, MLP), likely ones first.
 
-    What split an earlier block, telling names, (child, nothing), all pairs, three in call order.
+    The order is: what split an earlier block; children with telling names; one child alone, which
+    would be the only sublayer; all pairs; three children in call order, two of them together.
     """
     fit = [n for n, c in children.items() if isinstance(o := first(c.out), Tensor) and o.ndim > 1]
     fit = [name for name in fit if first(children[name].out).shape[-1] == width]
@@ -184,11 +194,12 @@ def _split(
 ) -> Split:
     """Return how `block` is composed, its halves if it is sequential, and what was seen.
 
-    With its sublayers silenced a pre-norm block returns its input, and a post-norm block a
-    normalised input, which does not depend on the input's scale. Then
-
         sequential   mlp_half(attn_half(h)) = block(h)
         parallel     attn_half(h) + mlp_half(h) - h = block(h)
+
+    A pair of sublayers is a candidate if the block returns its input when both are silenced. A
+    post-norm block returns its normalised input then, which is recognised because it does not
+    depend on the scale of the input.
     """
     full, tolerance = run(block), exact_error(run.h)
     if not full.isfinite().all():
@@ -225,7 +236,10 @@ def _split(
 def _trimmed(
     half: nn.Module, kept: set[str], children: dict[str, _Seen], run: _Runner, h: Tensor
 ) -> nn.Module:
-    """Silence the children that this half computes in vain: its output must keep every bit."""
+    """Return `half` with those children silenced too that do not change a bit of its output.
+
+    The half would compute them in vain; `kept` are never tried.
+    """
     want = run(half, h)
     for name, seen in children.items():
         child = half._modules[name]

@@ -1,8 +1,10 @@
-"""Prove the residual sites of a model on that model, by a way that knows nothing of twins.
+"""Prove the residual sites of a model on that model, without using twins or stand-ins.
 
-The original runs once, one row per site. Row s is clean until its stream reaches site s; there the
-very tensor is replaced by a perturbed one. Resuming from that tensor must give the same logits, and
-so must the original when the row had other tokens before: the residual is all that is handed on.
+The original model is run on one sequence, with one row of the batch for every site. Row s runs
+undisturbed up to site s; there its residual is replaced by a perturbed one, in the original's own
+computation (`substituted`). Two things must then hold. Resuming at site s from the perturbed
+residual must give the logits of that row. And the row must have the same logits if it began with
+other tokens, which shows that the residual is all that is handed on at the site.
 """
 
 from collections.abc import Callable
@@ -30,8 +32,9 @@ from .twin import answer, first, take_hidden
 def check_function(model: Any) -> None:
     """Raise SiteError unless the model's logits are a causal function of its tokens.
 
-    A model that draws random numbers in eval mode, or that remembers an earlier call, answers the
-    same tokens differently; one without a causal mask answers earlier tokens from later ones.
+    A model that draws random numbers in eval mode, or that remembers an earlier call, gives the
+    same tokens other logits the next time. In one without a causal mask later tokens change the
+    logits of earlier ones.
     """
     ids, other = probe_ids(model), probe_ids(model, 1)
     changed = ids.clone()
@@ -60,7 +63,7 @@ def check_function(model: Any) -> None:
 
 @torch.no_grad()
 def pads_left(model: Any, inputs: Inputs) -> bool:
-    """Return whether a row padded on the left answers as it does alone."""
+    """Return whether a row padded on the left gets the logits that it gets alone."""
     if not inputs.takes_mask:
         return False
     ids = torch.cat((probe_ids(model), probe_ids(model, 1)), dim=1)[:, : inputs.limit]
@@ -80,20 +83,20 @@ def prove(
     resume: Callable[[int, Tensor, Tensor], Tensor],
     besides: Callable[[Tensor, Tensor], str],
 ) -> tuple[list[Tensor], Tensor]:
-    """Raise SiteError unless resuming from a perturbed residual is what the model itself does.
+    """Return the perturbed residuals and the original's logits; raise SiteError if a site fails.
 
-    `read` gives the clean residual at every site. At each site, the logits of `resume` are compared
-    with those of the original model in which the very tensor at the site is replaced
-    (`substituted`, which knows nothing of twins). The residual must be perturbed: a stale cache,
-    for one, reproduces the clean run and nothing else. The error is relative to the effect on the
-    logits.
+        resume(s, h_s + noise) = the original with its residual at site s replaced by h_s + noise
 
-    The substitution is done in the midst of two different sequences. If the logits differ, tokens
-    reach what follows the site by another way than the residual, and `besides` may say what blocks
-    are given. Sites are resumed from the last to the first, after another sequence: what an earlier
-    block may have left behind is of the wrong tokens.
+    `read` gives the clean residual h_s at every site, and row s of the logits returned belongs to
+    site s. The right side is `substituted`. The residual is perturbed because a faulty `resume`
+    may reproduce the clean run all the same, for example from a stale cache. Errors are relative
+    to what the perturbation does to the logits.
 
-    Returns the perturbed residuals, and the original's logits when row s has that of site s.
+    The substitution is made in runs of two different sequences. If their logits differ, the tokens
+    reach what follows the site by another way than the residual; `besides` names an argument of a
+    block that differs, if there is one. Before resuming, another sequence has been run, and sites
+    are resumed from the last to the first, so that anything a block may have kept from an earlier
+    call belongs to the wrong tokens and would show.
     """
     ids, other = probe_ids(model)[:1], probe_ids(model, 1)[:1]
     n_sites = (2 if layout.halves else 1) * len(layout.blocks) + 1
@@ -137,7 +140,10 @@ def _check_alone(
     missed: set[int],
     besides: Callable[[], str],
 ) -> None:
-    """Raise SiteError unless row s has the same logits in both, whatever its tokens before s."""
+    """Raise SiteError unless row s has the same logits in `want` and `elsewhere`, for every s.
+
+    The two are runs of different tokens whose residual at site s was replaced by the same one.
+    """
     for s in sorted(set(range(len(want))) - missed):
         if how := _wrong(elsewhere[s], want[s], clean, exact_error(clean)):
             raise SiteError(
@@ -156,10 +162,11 @@ def check_joined(
     joined: Callable[[dict[int, Tensor], dict[int, Tensor]], dict[int, Tensor]],
     unembed: Callable[[Tensor, Tensor], Tensor],
 ) -> str | None:
-    """Return None if one pass that rows join at every site is what the original does, or why not.
+    """Return None if one pass that rows join at every site gives the right logits, or why not.
 
-    `moved` and `want` are what `prove` returned: row s of the pass must give the logits want[s].
-    Raises SiteError if `unembed` does not give those of the last site.
+    `moved` and `want` are what `prove` returned: the row that joins at site s with residual
+    moved[s] must give the logits want[s]. Raises SiteError if `unembed` of the last site's residual
+    does not give that site's logits.
     """
     ids, last = probe_ids(model)[:1], len(moved) - 1
     clean = model(input_ids=ids, use_cache=False).logits
@@ -177,7 +184,10 @@ def check_joined(
 
 
 def _wrong(got: Tensor, want: Tensor, clean: Tensor, allowed: float = 0.0) -> str | None:
-    """Return None, or how far `got` is off, relative to how far `want` is from the clean logits."""
+    """Return None if `got` is `want` up to rounding, or a text that says how far it is off.
+
+    The error is relative to how far `want` is from the clean logits.
+    """
     allowed = allowed or allowed_error(clean)
     error = ((got - want).norm() / (want - clean).norm()).item()
     if error <= allowed:  # NaN is wrong too
@@ -186,10 +196,11 @@ def _wrong(got: Tensor, want: Tensor, clean: Tensor, allowed: float = 0.0) -> st
 
 
 class _Substitute(TorchFunctionMode):
-    """Replaces `row` in the first result of any operation that is `old` there.
+    """Watches every torch operation and replaces one row in the first result that equals `old`.
 
-    Idle while `row` is None. "Is": to within rounding, as a fraction of `scale`; the batches of
-    `old` and of the run are the same, but experts and their like may group it differently.
+    Only row `row` is compared and replaced, by that of `new`; while it is None nothing is watched.
+    Equal means up to rounding (`near`), relative to what the sublayer added to the stream. `old`
+    was computed in the same batch, but experts and the like may group its rows differently.
     """
 
     def __init__(self) -> None:
@@ -201,7 +212,7 @@ class _Substitute(TorchFunctionMode):
         self.old, self.new = old, new
         self.near = allowed_error(old) * (old - before)[row].norm()
         self.missed.add(row)
-        self.row = row  # last: from here on every operation is looked at
+        self.row = row  # set last: from here on every operation is watched
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -211,7 +222,7 @@ class _Substitute(TorchFunctionMode):
             return out
         if not out.is_floating_point():  # a mask or ids of the same size
             return out
-        row, self.row = self.row, None  # what follows must not come back here
+        row, self.row = self.row, None  # the operations below must not be watched themselves
         rows = out.reshape(self.old.shape)
         if not (rows[row] - self.old[row]).norm() <= self.near:
             self.row = row
@@ -229,11 +240,13 @@ def _with_row(h: Tensor, row: int, new: Tensor) -> Tensor:
 def substituted(
     model: Any, layout: Layout, old: list[Tensor], new: list[Tensor], ids: Tensor
 ) -> tuple[Tensor, set[int]]:
-    """Return the original model's logits, the residual of row s replaced at site s, without twins.
+    """Return the original model's logits with the residual of row s replaced at site s.
 
-    Row s of `ids` is clean before site s. Between blocks, hooks replace what enters and leaves
-    them. Inside one, the operation of the family's own code that computes `old` gives `new` to
-    everyone who reads it. Also returns the sites for which there is no such operation.
+    Row s of `ids` runs undisturbed up to site s, where old[s] is replaced by new[s]. At the ends of
+    a block, hooks replace what enters or leaves it. Inside a block, the operation of the family's
+    own code whose result is old[s] is found (`_Substitute`) and its result replaced, so that all
+    later code sees new[s]. Also returns the sites for which there is no such operation. No twins
+    are used.
     """
     stride, swap = (2, _Substitute()) if layout.halves else (1, _Substitute())
 

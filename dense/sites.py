@@ -1,4 +1,4 @@
-"""What is known of a model's residual sites, and what finding and proving them share.
+"""The description of a model's residual sites, and tools shared by finding and proving them.
 
 Site 0 is after the embeddings, 2i+1 after the attention of block i, 2i+2 after its MLP. A model
 whose blocks have no stream between two sublayers has the L+1 sites between its blocks.
@@ -35,7 +35,7 @@ class explaining:
     ) -> None:
         if not isinstance(error, Exception) or isinstance(error, SiteError):
             return
-        # a twin shares its dict of parameters with the module it is a twin of
+        # a twin (twin.py) shares its dict of parameters with its original: so find the original
         names = {id(m._parameters): name for name, m in self.model.named_modules()}
         where = type(self.model).__name__
         while trace is not None:
@@ -61,7 +61,7 @@ class Layout:
     composition: Composition
     """How a block combines its sublayers."""
     seen: str
-    """What the probe saw, where the composition alone does not say it."""
+    """Details of what the probe saw, where the composition alone does not explain it."""
     d_resid: int
     """Width of the residual stream."""
     arity: int
@@ -75,12 +75,12 @@ def perturbation(h: Tensor, seed: int = 0) -> Tensor:
 
 
 def allowed_error(x: Tensor) -> float:
-    """Relative error that rounding may cause in another batch or order of summation."""
+    """Return the relative error that rounding may cause in another batch or summation order."""
     return 1e-3 if x.dtype in (torch.float32, torch.float64) else 5e-2
 
 
 def exact_error(x: Tensor) -> float:
-    """Relative error of what should be the same operations on the same numbers."""
+    """Return the relative error allowed between the same operations on the same numbers."""
     return 1e-5 if x.dtype in (torch.float32, torch.float64) else 2e-2
 
 
@@ -93,7 +93,11 @@ def probe_ids(model: Any, seed: int = 0) -> Tensor:
 
 
 def find_blocks(model: Any) -> tuple[str, tuple[nn.Module, ...]]:
-    """Return path and members of the shallowest ModuleList as long as the model is deep."""
+    """Return path and members of the list of blocks.
+
+    It is the shallowest ModuleList with as many members as the config has layers. Raises SiteError
+    where there is none, or where it holds one module several times.
+    """
     n_layers = model.config.get_text_config().num_hidden_layers
     lists = [(p, m) for p, m in model.named_modules() if isinstance(m, nn.ModuleList)]
     fitting = [(p, m) for p, m in lists if len(m) == n_layers]

@@ -1,13 +1,14 @@
-"""Passes through a model in which some blocks are stand-ins, and rows that join on the way.
+"""Passes through a model in which stand-ins replace some blocks and rows may join on the way.
 
-Every pass is one forward of the family's own code. A stand-in for a block records the stream, hands
-it through, or runs the block on the rows that have entered so far:
+Every pass is one forward pass of the family's own code. A stand-in for a block records the stream,
+hands it through unchanged, or runs the block on the rows that have entered so far:
 
     rows of site s enter at site s,  h <- [h; h_s],  and stay to the end
 
-Such a pass asks the model for masks and the like for all its rows at once, and every block needs
-those of its first n rows. `BatchAxes` knows along which axis the model lays out the batch, from two
-passes with different numbers of rows in which no block runs.
+In such a pass the model makes masks and other arguments of the blocks for all rows at once, but an
+early block runs on the first n rows only and needs the arguments for those. `BatchAxes` cuts them.
+It learns which axis of an argument is the batch from two passes with different numbers of rows, in
+which no block is run.
 """
 
 import inspect
@@ -25,15 +26,16 @@ from .twin import answer, blank, first, forwarding, replaced, take_hidden
 Call = tuple[tuple, dict[str, Any]]
 """The positional and keyword arguments of a block, without the hidden states."""
 CAPTURING = "transformers.utils.output_capturing"
-"""Where transformers defines its own hooks; named, because it is imported when it is needed."""
+"""The module in which transformers defines its own hooks; we compare its name, without import."""
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
 
 class StandIns:
-    """The passes of one model with known sites; `inputs` are the keyword arguments of its forward.
+    """The passes of one model whose sites are known.
 
-    Site s is in block k = s // stride, at its entrance or, where s % stride is 1, inside it; the
-    last site is what the last block returns.
+    `inputs` are always the keyword arguments of the model's forward. Site s belongs to block
+    k = s // stride: it is at the block's entrance or, where s % stride is 1, between its halves.
+    The last site is what the last block returns.
     """
 
     def __init__(self, model: Any, layout: Layout) -> None:
@@ -50,9 +52,9 @@ class StandIns:
         self._no_embedding: dict[str, nn.Module] = {path: blank(found)}
 
     def read(self, inputs: dict[str, Any], every_position: bool) -> tuple[list[Tensor], Tensor]:
-        """Return the residual at every site and the logits, of the last position if that will do.
+        """Return the residual at every site and the logits, without gradient.
 
-        Without gradient.
+        Unless `every_position`, the logits may be those of the last position only.
         """
         stream: list[Tensor] = []
         stand_ins = {k: self._recording(k, stream) for k in range(len(self.layout.blocks))}
@@ -60,7 +62,10 @@ class StandIns:
             return stream, self._forward(stand_ins, inputs, every_position)
 
     def calls(self, inputs: dict[str, Any], embedded: bool = False) -> list[Call]:
-        """Return how the model calls every block; none is run, nor the embedding unless asked."""
+        """Return the arguments with which the model calls every block.
+
+        No block is run. The embedding is run only if `embedded`.
+        """
         seen: list[Call] = []
 
         def note(*args: Any, **kwargs: Any) -> Any:
@@ -80,10 +85,11 @@ class StandIns:
         every_position: bool,
         axes: "BatchAxes | None" = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return the residual at the last site and the logits of rows entering at their sites.
+        """Return the residual at the last site, and the logits, of rows that enter at given sites.
 
-        `entries` are (site, h) by rising site; the rows of `inputs` are theirs, in this order.
-        More than one entry needs `axes`. Nothing before the first site is computed.
+        `entries` are (site, h) with ascending sites. The rows of `inputs` belong to the rows of the
+        entries, in the same order. More than one entry needs `axes`. Nothing before the first site
+        is computed.
         """
         waiting, rows = list(entries), sum(len(h) for _, h in entries)
         k_first = min(entries[0][0] // self.stride, len(self.layout.blocks) - 1)
@@ -124,7 +130,10 @@ class StandIns:
         return final[0], logits
 
     def besides(self, inputs: dict[str, Any], others: dict[str, Any]) -> str:
-        """Return which arguments of the blocks, hidden states aside, differ with the tokens."""
+        """Return a text that names an argument of a block that differs with the tokens, or "".
+
+        Hidden states, which always differ, are not meant. `inputs` and `others` have other tokens.
+        """
         a, b = (self.calls(x, embedded=True) for x in (inputs, others))
         found = []
         for k in range(len(a)):
@@ -152,8 +161,9 @@ class StandIns:
     def compile(self, **options: Any) -> None:
         """Run blocks and halves through `torch.compile` from now on.
 
-        All first halves share one set of graphs, all second halves another: dynamo keeps a bounded
-        number of them for a function, and tells modules of one class apart by their children.
+        Two functions are compiled, one for all first halves and one for all second halves. Dynamo
+        keeps a bounded number of graphs per function and makes a new one for a module with other
+        children, as the two halves of a block have.
         """
         compiled = [torch.compile(f, **options) for f in (_first_part, _second_part)]
         halves = self.layout.halves or [(block,) for block in self.layout.blocks]
@@ -163,9 +173,10 @@ class StandIns:
         ]
 
     def _parts(self, k: int) -> tuple[Any, ...]:
-        """Return what block `k` runs from site to site: its halves, or itself.
+        """Return what is run for block `k`: its two halves, or the block itself.
 
-        Raises ValueError if the block is no longer the one that was split, or has hooks.
+        Raises ValueError if the block is no longer the one that was split, or has hooks, which its
+        halves would not run.
         """
         block, name = self.layout.blocks[k], f"{self.layout.path}.{k} of {family(self.model)}"
         if self.model.get_submodule(self.layout.path)[k] is not block:
@@ -180,7 +191,7 @@ class StandIns:
         return self._running[k]
 
     def _pass(self, *args: Any, **kwargs: Any) -> Any:
-        """Stand in for a block that is not run."""
+        """Answer in the place of a block that is not run: hand its input through."""
         return answer(take_hidden(args, kwargs)[0], self.layout.arity)
 
     def _recording(self, k: int, stream: list[Tensor]) -> nn.Module:
@@ -203,8 +214,8 @@ class StandIns:
 def _hooks(block: nn.Module) -> list[str]:
     """Return the names of a block's hooks, without those that transformers puts there itself.
 
-    A call with `output_hidden_states=True` leaves hooks that note what a block answers in such a
-    call; they change nothing and are idle otherwise, so halves are exact without them.
+    A call with `output_hidden_states=True` leaves hooks on the blocks that record their outputs in
+    such calls. They change no numbers, so a block can be run in halves without them.
     """
     found = []
     for hook in [*block._forward_pre_hooks.values(), *block._forward_hooks.values()]:
@@ -224,21 +235,21 @@ def _second_part(part: nn.Module, h: Tensor, *args: Any, **kwargs: Any) -> Any:
 
 
 class BatchAxes:
-    """Along which axis each argument of a block lays out the batch, and how many times.
+    """Which axis of each argument of a block is the batch, so that it can be cut to fewer rows.
 
-    An argument whose size along axis a is m times the number of rows is cut to its first m n
-    entries for n rows; all others are the same for any number of rows. One such table serves
-    calls with an attention mask, another those without.
+    An argument may have m entries per row along its axis a; for the first n rows it is cut to its
+    first m n entries. All other arguments are the same for any number of rows. Calls with an
+    attention mask need another table than calls without.
     """
 
     def __init__(self) -> None:
         self._axis: dict[tuple, tuple[int, int] | None] = {}
 
     def learn(self, many: list[Call], few: list[Call], n_many: int, n_few: int) -> str | None:
-        """Learn from the calls of `n_many` rows and those of the first `n_few` of them.
+        """Learn the axes from the calls of `n_many` rows and those of the first `n_few` of them.
 
-        Returns None, or why such calls cannot be cut: an argument that for fewer rows is not
-        a cut of the same for more.
+        Returns None, or why such calls cannot be cut: some argument for fewer rows is not a part of
+        the same argument for more rows.
         """
         for k, (a, b) in enumerate(zip(many, few, strict=True)):
             was, now = dict(_leaves(a)), dict(_leaves(b))
@@ -253,7 +264,7 @@ class BatchAxes:
         return None
 
     def narrow(self, k: int, call: Call, n: int, rows: int) -> Call:
-        """Return the arguments of block `k` for the first `n` of `rows` rows."""
+        """Return the arguments of block `k` for the first `n` rows, given those for `rows` rows."""
 
         def cut(path: tuple, x: Any) -> Any:
             if not isinstance(x, Tensor):
@@ -274,7 +285,10 @@ class BatchAxes:
 
 
 def learn_axes(stand_ins: StandIns, inputs: Inputs) -> tuple[dict[bool, BatchAxes], str | None]:
-    """Return the batch axes of unmasked and masked calls, and why calls cannot be cut, if so."""
+    """Return the batch axes of calls without and with a mask (False, True), and a reason or None.
+
+    The reason says why the calls of this model cannot be cut to fewer rows.
+    """
     ids = probe_ids(stand_ins.model)
     ids = torch.cat((ids, ids.flip(0)))[:3]
     mask = torch.ones_like(ids)
@@ -291,7 +305,7 @@ def learn_axes(stand_ins: StandIns, inputs: Inputs) -> tuple[dict[bool, BatchAxe
 
 
 def _axis(many: Any, few: Any, n_many: int, n_few: int) -> tuple[int, int] | str | None:
-    """Return (axis, multiplicity), None for what rows share, or why it is neither."""
+    """Return (axis, entries per row) of an argument, None if all rows share it, or why neither."""
     if not isinstance(many, Tensor) or not isinstance(few, Tensor):
         same = many is few or (isinstance(many, _PLAIN) and type(many) is type(few))
         if same and (many is few or many == few):
@@ -309,7 +323,7 @@ def _axis(many: Any, few: Any, n_many: int, n_few: int) -> tuple[int, int] | str
 
 
 def _name(path: tuple) -> str:
-    """Return how a reader of the block's code finds the argument."""
+    """Return a name by which a reader of the block's code finds the argument."""
     return repr(path[1]) if path[0] == 1 else f"positional argument {path[1] + 1}"
 
 

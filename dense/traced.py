@@ -1,10 +1,11 @@
-"""Edits of the residual stream, applied by nnsight to the hookable twin.
+"""Edits of the residual stream, applied by nnsight to the hookable twin of a dense model.
 
     h_s <- h_s + sum of what the edits of site s add        at every pass over the model
 
-A trace is one pass, a generation one for the prompt and one for every new token; `edit.py` says
-what an edit means at each. This is the only file that imports nnsight, and it does so when it is
-asked to trace.
+The hookable twin (`DenseModel.hookable`) shares the model's weights and has an identity module at
+every site. A trace is one pass over it. A generation is one pass for the prompt and one for every
+new token; edit.py says what an edit does in each. This is the only file that imports nnsight, and
+only when something is to be traced.
 """
 
 import inspect
@@ -57,13 +58,13 @@ def generate_edited(
     attention_mask: Shaped[Tensor, "batch pos"] | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Return prompts and what `dense` with `edits` at every step adds to them, Int[batch longer].
+    """Return the prompts with what `dense`, edited at every step, adds to them: Int[batch longer].
 
-    `kwargs` go to Hugging Face's `generate` (max_new_tokens, do_sample, use_cache and so on), and
-    its answer is returned: something else than ids if they ask for it. With
-    or without a cache the edits mean the same. Which edits act on generated positions `edit.py`
-    says; a LiveEdit does. Without gradient. Raises ValueError for an edit that does not
-    fit, and for live edits under beam search, which swaps rows between steps.
+    `kwargs` go to Hugging Face's `generate` (max_new_tokens, do_sample, use_cache and so on). What
+    it returns is returned, which is something else than ids if `kwargs` ask for that. The edits
+    mean the same with and without a cache. edit.py says which edits act on generated positions; a
+    LiveEdit always does. There is no gradient. Raises ValueError for an edit that does not fit, and
+    for live edits under beam search, which swaps rows between steps.
 
     >>> import torch
     >>> from dense import Edit, generate_edited, tiny
@@ -92,7 +93,7 @@ _TRACED: WeakKeyDictionary[DenseModel, Any] = WeakKeyDictionary()
 
 
 def _shared(dense: DenseModel) -> Any:
-    """The library's own wrapper of a twin of `dense`, made once."""
+    """Return the library's own nnsight wrapper of a hookable twin of `dense`, made once."""
     if dense not in _TRACED:
         _TRACED[dense] = _wrap(dense.hookable())
     return _TRACED[dense]
@@ -113,20 +114,21 @@ def apply_edits(
             apply_edits(traced, dense, edits)
             h = traced.get(dense.site_path(4)).output.save()
 
-    nnsight wants modules in the order in which they run: read earlier sites before this call and
-    later ones after it. A module that was edited reads as edited.
+    nnsight requires modules in the order in which they run: read earlier sites before this call and
+    later sites after it. A site that was edited reads as edited.
 
-    Where prompts are padded, `attention_mask` says which tokens are real. In one of several
-    invokes, which nnsight pads on the left to one length, it is the mask of the invoke's own prompt
-    (ones); an edit with a direction for each position needs none, it belongs to the last columns.
-    In a generation, apply the edits at every step and say which:
+    Where prompts are padded, `attention_mask` says which tokens are real. A trace may have several
+    invokes, which nnsight pads on the left to one length; in each of them give the mask of the
+    invoke's own prompt (ones). An edit with a direction for each position needs no mask there,
+    because it belongs to the last columns. In a generation, call this at every step and pass the
+    number of the step:
 
         with traced.generate(prompt, max_new_tokens=n) as tracer:
             for step in tracer.iter[:n]:
                 apply_edits(traced, dense, edits, step=step)
 
-    `ids` are the tokens so far, for live edits; `editing` keeps count of all this by itself. Raises
-    ValueError for edits, or a wrapper, that do not fit.
+    `ids` are the tokens so far, which live edits need. `editing` keeps track of all this by itself.
+    Raises ValueError for edits, or a wrapper, that do not fit the model.
 
     >>> import torch
     >>> from dense import Edit, apply_edits, run_edited, tiny, trace_model
@@ -154,7 +156,10 @@ def apply_edits(
 
 
 def _own_columns(traced: Any, edit: Edit, h: Tensor) -> Tensor | None:
-    """The mask of an edit in one of several invokes, which nnsight padded on the left."""
+    """Return the mask of an edit in one of several invokes, which nnsight padded on the left.
+
+    None means that no mask is needed. Raises ValueError where the place of a position is unclear.
+    """
     batcher = traced.interleaver.batcher
     if batcher is None or not batcher.batching:
         return None
@@ -172,7 +177,7 @@ def _own_columns(traced: Any, edit: Edit, h: Tensor) -> Tensor | None:
 
 @contextmanager
 def editing(traced: Any, dense: DenseModel, edits: Edits) -> Iterator[Any]:
-    """Yield a copy of `traced` on which every trace and generation has the edits, at every step.
+    """Yield a copy of `traced` that applies the edits in every trace and generation, at every step.
 
         with editing(traced, dense, edits) as edited:
             with edited.trace(prompt):
@@ -180,8 +185,9 @@ def editing(traced: Any, dense: DenseModel, edits: Edits) -> Iterator[Any]:
             ids = edited.generate(prompt, max_new_tokens=20)
 
     `traced` is a wrapper from `trace_model(dense)` and stays as it is. Padding is read from the
-    model's own attention_mask. The rows of the edits are those of the whole pass, over all invokes.
-    What your own trace reads is edited already. Afterwards the copy is plain again.
+    attention_mask with which the model is called. With several invokes, the rows of an edit are
+    those of all invokes together. What your own trace reads is edited already. When the context
+    closes the copy has no edits any more.
 
     >>> import torch
     >>> from dense import Edit, editing, run_edited, tiny, trace_model
@@ -204,7 +210,7 @@ def editing(traced: Any, dense: DenseModel, edits: Edits) -> Iterator[Any]:
 
 
 def _at_every_pass(tracer: Any, traced: Any, dense: DenseModel, edits: Edits) -> None:
-    """Apply `edits` at every pass of a run, keeping count of tokens and padding."""
+    """Apply `edits` at every pass of a run, keeping track of the tokens so far and of padding."""
     from nnsight.intervention.interleaver import OutOfOrderError
 
     so_far, mask, step = None, None, 0
@@ -218,16 +224,17 @@ def _at_every_pass(tracer: Any, traced: Any, dense: DenseModel, edits: Edits) ->
                 so_far = torch.cat((so_far, ids), -1) if ids.shape[1] == 1 else ids
             apply_edits(traced, dense, edits, attention_mask=mask, step=step, ids=so_far)
     except OutOfOrderError:
-        if not step:  # later it is how nnsight ends a loop: the run has no further pass
+        if not step:  # after the first pass this is how nnsight ends the loop over passes
             raise
 
 
 def trace_model(dense: DenseModel) -> Any:
     """Return an nnsight wrapper of a fresh hookable twin of `dense`.
 
-    With a tokenizer it takes text and generates (`nnsight.TransformersModel`), otherwise it takes
-    ids (`nnsight.NNsight`; generate by `traced.trace(input_ids=ids, fn="generate")`). The original
-    model is not touched. Use it in one thread at a time.
+    If `dense` has a tokenizer the wrapper takes text and has `generate`
+    (`nnsight.TransformersModel`). Otherwise it takes ids (`nnsight.NNsight`; to generate, call
+    `traced.trace(input_ids=ids, fn="generate")`). The original model is not touched. Use the
+    wrapper in one thread at a time.
 
     >>> from dense import tiny, trace_model
     >>> model = tiny()

@@ -1,8 +1,9 @@
-"""Twins: module objects that share every weight with an original and replace some of its parts.
+"""Twins of modules: copies that share every weight with an original and replace some parts of it.
 
-A twin of a module is a new object with the same class, the same parameters and buffers and the
-same children, except those that are named. Running a twin runs the family's own code; building
-one changes nothing on the original: no hook, no attribute, no copied weight.
+(The weight-sparse model beside a dense one is called a twin too; that is another thing.) A twin of
+a module is a new object with the same class, the same parameters and buffers and the same children,
+except those children that are replaced. Running a twin runs the family's own code. Making one
+changes nothing on the original: it adds no hook and no attribute, and it copies no weight.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-# What a wrapper may have put on the instance: a twin runs the code of its class.
+# Attributes that a wrapper may have put on the instance. A twin drops them and runs its class.
 _WRAPPED = ("forward", "__nnsight__", "_hf_hook", "_old_forward", "_compiled_call_impl")
 
 
@@ -23,8 +24,9 @@ def twin(
 ) -> nn.Module:
     """Return a twin of `module`: the same weights, with the named direct children replaced.
 
-    Hooks of the original do not fire on the twin. Plain attributes (`training` among them) are
-    those of the moment; parameters and buffers stay shared when the original moves or loads.
+    Hooks of the original do not fire on the twin. Plain attributes, such as `training`, are copied
+    as they are now and do not follow the original later. Parameters and buffers stay shared, also
+    when the original is moved to another device or loads other weights.
     """
     t = object.__new__(cls or type(module))
     t.__dict__.update({k: v for k, v in module.__dict__.items() if k not in _WRAPPED})
@@ -51,10 +53,11 @@ def replaced(root: nn.Module, parts: Mapping[str, nn.Module]) -> nn.Module:
 
 
 def deep_twin(root: nn.Module) -> nn.Module:
-    """Return a twin of `root` and of everything below it; a module met twice has one twin.
+    """Return a twin of `root` whose submodules, at any depth, are twins too.
 
-    Whoever wraps or hooks the result, wherever in the tree, leaves the original alone. It has no
-    hooks yet, so it does not say that transformers' own, of `output_hidden_states`, are in place.
+    A module that occurs twice has one twin. Wrapping or hooking any part of the result leaves the
+    original alone. transformers marks a model on which it has put its hooks for
+    `output_hidden_states`; the twin has no hooks yet, so the mark is removed.
     """
     twins: dict[int, nn.Module] = {}
 
@@ -77,7 +80,10 @@ def forwarding(module: nn.Module, forward: Callable[..., Any]) -> nn.Module:
 
 
 def transplanted(part: nn.Module, original: nn.Module, onto: nn.Module) -> nn.Module:
-    """Return a twin of `onto` with those children that `part`, a twin of `original`, replaced."""
+    """Return a twin of `onto` with the replacements that `part` has, a twin of `original`.
+
+    The children of `part` that are not those of `original` take the place of those of `onto`.
+    """
     own = {
         n: c for n, c in part._modules.items() if c is not None and c is not original._modules[n]
     }
@@ -87,8 +93,9 @@ def transplanted(part: nn.Module, original: nn.Module, onto: nn.Module) -> nn.Mo
 def site_block(block: nn.Module, halves: tuple[nn.Module, ...], last: bool) -> nn.Module:
     """Return a twin of `block` with an identity module at each of its residual sites.
 
-    `resid_pre` before it, `resid_mid` between its halves if there are any, and `resid_post` after
-    it if it is the last. Their outputs are the stream: whoever replaces one moves the model.
+    They are `resid_pre` before the block, `resid_mid` between its halves if it has any, and
+    `resid_post` after it if it is the last block. The model goes on from their outputs, so to
+    replace an output is to replace the residual there.
     """
     children: dict[str, nn.Module] = {"resid_pre": nn.Identity()}
     if halves:
@@ -121,7 +128,7 @@ def _site_class(base: type[nn.Module]) -> type[nn.Module]:
 
 
 def first(output: Any) -> Any:
-    """Return the hidden states of a block or sublayer that answers with a tensor or a tuple."""
+    """Return the hidden states in the output of a block or sublayer, a tensor or a tuple."""
     return output[0] if isinstance(output, (tuple, list)) else output
 
 
@@ -131,23 +138,23 @@ def arity(output: Any) -> int:
 
 
 def answer(h: Tensor, arity: int) -> Any:
-    """Return `h` as a module of that output arity would: alone, or leading a tuple of None."""
+    """Return `h` in the form of a module's output: alone, or first in a tuple filled with None."""
     return (h, *[None] * (arity - 1)) if arity else h
 
 
 def take_hidden(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, tuple, dict[str, Any]]:
-    """Return the hidden states of a call and what else was passed."""
+    """Return the hidden states of a call, and its other positional and keyword arguments."""
     if args:
         return args[0], args[1:], kwargs
     return kwargs["hidden_states"], (), {k: v for k, v in kwargs.items() if k != "hidden_states"}
 
 
 class Silent(nn.Module):
-    """Stands in for a child and adds nothing to the residual stream; a twin made by `silent`.
+    """Stands in for a child of a block and adds nothing to the residual stream.
 
-    It answers with zeros of the child's width; or, if `through` names an argument, with that
-    argument: some families hand the residual to the sublayer, which adds to it by itself.
-    A child that answered with a tuple gets the rest of it filled with None.
+    `silent` makes it. It answers with zeros of the child's width or, if `through` names an
+    argument, with that argument: in some families the sublayer gets the residual and adds to it
+    itself. If the child answered with a tuple, the rest of the tuple is filled with None.
     """
 
     silence: tuple[int, Any, int | str | None]
@@ -165,7 +172,7 @@ class Silent(nn.Module):
 
 
 def silent(child: nn.Module, out: Any, through: int | str | None = None) -> nn.Module:
-    """Return a silent twin of `child`, which answered with `out`; its attributes stay readable."""
+    """Return a twin of `child` that adds nothing (`Silent`); `out` is what the child answered."""
     t = twin(child, cls=Silent)
     shape = [None] * len(out) if isinstance(out, list) else (None,) * arity(out)
     t.__dict__["silence"] = (first(out).shape[-1], shape or None, through)
@@ -173,7 +180,7 @@ def silent(child: nn.Module, out: Any, through: int | str | None = None) -> nn.M
 
 
 def blank(embedding: nn.Module) -> nn.Module:
-    """Return a twin of a token embedding whose output nobody reads: zeros of its shape."""
+    """Return a twin of a token embedding that answers with zeros, for passes that do not use it."""
 
     def forward(ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         weight: Any = embedding.weight

@@ -1,4 +1,4 @@
-"""Every claim about a run folder, beside its controls, in one report."""
+"""Measure every claim about a run folder, beside its controls, and write one report."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sparse.circuits.circuit import Circuit
 from sparse.circuits.view.graph import graph
 
 QUICK = {"max_pairs": 24, "curve_draws": 15, "strengths": (0.5, 1, 2, 4)}
-"""Smaller settings of the transfer: less precise, equally controlled."""
+"""Smaller settings of `measure_transfer`: less precise, with the same kinds of controls."""
 NO_ROOM = (
     "the dense model is no better than unigram frequencies on this text: there is no loss to "
     "recover, and those rows are left out"
@@ -37,12 +37,12 @@ def evaluate_run(
     quick: bool = False,
     progress: bool = False,
 ) -> Report:
-    """Measure the bridges, then every circuit of the run in both models; return the report.
+    """Return the report of a run: its bridges, then every circuit of it in both models.
 
-    `tasks` picks circuits by name, all by default. Each is compared with the circuit saved for its
-    nonsense twin, and with the twin's best nodes at its own size. `draws` counts the random
-    directions; `quick` uses fewer pairs, strengths and blocks. Raises ValueError for a task
-    without a circuit.
+    `tasks` picks circuits by task name; by default all are measured. Each circuit is compared with
+    the circuit that the run has for its nonsense twin, and with a circuit for the twin of its own
+    size. `draws` is the number of random directions, and of rotations, per claim. `quick` uses
+    fewer pairs, strengths and blocks. Raises ValueError for a task without a circuit.
 
     >>> from bridges import load_run
     >>> from evals import evaluate_run
@@ -81,7 +81,10 @@ def evaluate_run(
 
 
 def _names(run: Run, found: Mapping[str, Circuit], tasks: Sequence[str] | None) -> list[str]:
-    """Return the circuits that are asked for, nonsense twins aside; refuse those that lack."""
+    """Return the names of the circuits to measure, without those of nonsense twins.
+
+    Raises ValueError for a task in `tasks` that has no circuit.
+    """
     names = [name for name in found if not name.endswith(":nonsense")]
     if missing := sorted(set(tasks or ()) - set(names)):
         raise ValueError(
@@ -94,7 +97,10 @@ def _names(run: Run, found: Mapping[str, Circuit], tasks: Sequence[str] | None) 
 def _in_the_sparse_model(
     run: Run, circuit: Circuit, twin: Circuit | None, options: Mapping[str, Any]
 ) -> list[Score]:
-    """Score a circuit beside random ones, its nonsense twin, and the twin's best of its size."""
+    """Return the scores of a circuit in the sparse model, with both circuits of its nonsense twin.
+
+    `twin` is the one saved in the run; the other, of the circuit's size, is made here.
+    """
     same = nonsense_at_size(run.sparse, circuit, run.tokenizer, twin)
     return evaluate_circuit(
         run.sparse, circuit, run.tokenizer, nonsense=twin, equal_size=same, **options
@@ -112,10 +118,11 @@ def _notes(circuits: Mapping[str, Circuit], bridges: Sequence[Score]) -> tuple[s
 
 
 def write_report(run: Run, report: Report) -> list[Path]:
-    """Write report.json, report.md and report.html into the run folder, all or none.
+    """Write report.json, report.md and report.html, all or none, and return their paths.
 
-    The twin's model card is written anew from the report too, with the licence that it had. (The
-    built-in run is only read.)
+    They go into the run's `output` folder, which is the run folder except for the built-in run. The
+    twin's model card is written anew from the report too, with the licence that it had; that of the
+    built-in run is left alone.
 
     >>> import tempfile
     >>> from dataclasses import replace

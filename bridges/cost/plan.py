@@ -1,15 +1,20 @@
-"""What a co-training run takes, before it is started: parameters, memory by part, time and disk.
+"""Predict what a co-training run takes: parameters, memory by part, time and disk.
+
+In bytes, for n trained parameters in float32:
 
     weights     4 n of the twin and the bridges; the dense model as it was loaded
     gradients   4 n,     moments  8 n + 4 a tensor
-    saved       sum over steps k of rows_k * (bytes that step k keeps of one row for the backward)
+    saved       sum over sublayers k of rows_k * (bytes that sublayer k keeps of one row)
     rows_k      rows + sum_{s <= k} e_s in the twin,     sum_{s <= k} e_s in the dense model
-    e_s         rows, or rows * m / n_sites where each sequence draws m sites (their mean)
+    e_s         rows, or on average rows * m / n_bridges where each sequence draws m sites
 
-Of P processes that share the parameters each holds 1/P of weights, gradients and moments, and in a
-step the whole of weights and gradients beside them.
+Rows are the sequences of one pass. Sublayer k leads from site k to site k+1, and what it keeps of a
+row is kept for the backward pass; saved_bytes.py counts it on the models' own code. rows_k is the
+number of rows that run through it and e_s the number of rows of the hybrid passes that enter at
+site s. In the dense model only these entered rows need a backward pass.
 
-What a step keeps of a row is counted (saved_bytes.py).
+With `TrainConfig.shard`, P processes split the parameters: each holds 1/P of weights, gradients and
+moments all the time, and the whole of weights and gradients in addition during a step.
 """
 
 from __future__ import annotations
@@ -29,18 +34,19 @@ from .saved_bytes import dense_saved, site_saved, twin_saved
 from .step_time import StepTime, rows_per_pass
 
 COPIES = 6
-"""Tensors as large as a chunk of logits that exist at once: the logits of both models, log p, p,
-q and the gradient."""
+"""How many tensors as large as a chunk of logits exist at once: the logits of both models, log p,
+p, q and the gradient."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """What a run takes. `str()` of it is a table."""
+    """The prediction of what a run takes. `str(plan)` is a table. A GB is 10^9 bytes."""
 
     dense_parameters: int
     twin_parameters: int
     twin_nonzero: int
-    """Entries of the twin that are left at the end; those that are never projected count too."""
+    """Parameters of the twin that may be nonzero at the end: the budget of every projected tensor,
+    and all entries of the others."""
     bridge_parameters: int
     steps: int
     """Optimizer steps."""
@@ -49,16 +55,16 @@ class Plan:
     length: int
     """Tokens per sequence."""
     accumulate: int
-    """Passes per optimizer step."""
+    """Passes per optimizer step in each process."""
     processes: int
     mixed_precision: str
     state: dict[str, int]
-    """Bytes on each device that stay there, by part."""
+    """Bytes on each device throughout the run, by part."""
     step: dict[str, int]
-    """Bytes on each device in a training step, by part; an upper bound, because gradients come
-    while what was kept goes."""
+    """Further bytes on each device during a training step, by part. Their sum is an upper bound:
+    in the backward pass gradients are added while what the forward pass kept is freed."""
     evaluation: int
-    """Bytes on each device in an evaluation, which is not at the time of a step."""
+    """Further bytes on each device during an evaluation. It never coincides with a step."""
     disk: dict[str, int]
     """Bytes on disk, by part."""
     unknown: tuple[str, ...] = ()
@@ -77,12 +83,15 @@ class Plan:
         return sum(self.state.values()) + max(sum(self.step.values()), self.evaluation)
 
     def hours(self, tokens: int | float | None = None) -> float | None:
-        """Return the hours for so many tokens (all of the run's), None where nothing was probed."""
+        """Return the hours for `tokens` tokens, by default all of the run's.
+
+        None where no speed was measured (`step_time`).
+        """
         rate = self.step_time.tokens_per_second if self.step_time else None
         return None if rate is None else (tokens or self.tokens) / rate / 3600
 
     def line(self) -> str:
-        """Return one line: steps, tokens, memory and, where it was probed, hours."""
+        """Return one line: steps, tokens, memory and, where the speed was measured, hours."""
         said = (
             f"{self.steps:,} steps, {self.tokens / 1e6:,.1f} M tokens, "
             f"{gb(self.memory)} GB of memory predicted"
@@ -156,13 +165,13 @@ def plan(
     evaluated: int = 16,
     step_time: StepTime | None = None,
 ) -> Plan:
-    """Return what `cotrain` of these would take with batches of (batch, length).
+    """Return what `cotrain` with these arguments would take, with batches of (batch, length).
 
-    Nothing is run and nothing changed; parameters may be on the meta device or fake. Of `dense`
-    are asked `model`, `n_sites`, `d_resid`, `vocab_size`. `text_tokens` is the number of tokens of
-    the text kept on disk as blocks, 0 for a stream; `evaluated` that of sequences in a validation
-    batch, where a pass holds as many. Raises ValueError for a batch that processes
-    and passes cannot share.
+    Nothing is run and nothing is changed; the parameters may be on the meta device or fake. Of
+    `dense` only `model`, `n_sites`, `d_resid` and `vocab_size` are used. `text_tokens` is the
+    number of tokens of text that the run keeps on disk as blocks, 0 if it streams its text.
+    `evaluated` is the number of sequences in a validation batch, or those of a training pass where
+    these are fewer. Raises ValueError for a batch that processes and passes cannot share evenly.
 
     >>> from bridges import BridgeConfig, BridgeSet, CotrainConfig, plan
     >>> from dense import tiny
@@ -209,14 +218,14 @@ def plan(
 
 
 def _gradients(parameters: int, shards: int) -> dict[str, int]:
-    """Return the bytes of gradients in a step, and of the weights gathered where they are split."""
+    """Return the bytes of gradients in a step, and of the gathered weights if they are sharded."""
     if shards == 1:
         return {"gradients": parameters}
     return {"weights, gathered": parameters, "gradients": parameters + parameters // shards}
 
 
 def nonzero_at_the_end(sparse: SparseGPT, config: CotrainConfig) -> int:
-    """Return how many entries of the twin are left; those never projected count too."""
+    """Return how many parameters of the twin may be nonzero at the end (`Plan.twin_nonzero`)."""
     final = config.sparsity.densities(config.train.steps, config.train.steps)
     cut = sum(b.weight.numel() - b.keep(final) for b in budgets(sparse, config.sparsity))
     return count(sparse) - cut
@@ -242,7 +251,10 @@ def stored(module: nn.Module) -> int:
 def _step(
     dense: Any, sparse: SparseGPT, bridges: BridgeSet, config: CotrainConfig, rows: int, length: int
 ) -> tuple[dict[str, int], tuple[str, ...]]:
-    """Return the bytes of a pass over `rows` sequences by part, gradients of parameters aside."""
+    """Return the bytes of a pass over `rows` sequences, by part, and what could not be counted.
+
+    The gradients of the parameters are not among them; `_gradients` has those.
+    """
     c, precision = bridges.config, config.train.mixed_precision
     n, d, d_dense = len(c.sites), sparse.d_resid, dense.d_resid
     each = 1.0 if config.hybrid_sites == "all" else config.sites_per_sequence / n
@@ -281,12 +293,18 @@ def _step(
 
 
 def _joined(sites: tuple[int, ...], n_sites: int, entered: float) -> list[float]:
-    """Rows that have entered by step k = 0 .. n_sites - 2, as shares of the batch."""
+    """Return the rows that have entered by sublayer k = 0 .. n_sites - 2, as shares of the batch.
+
+    `entered` is the share that enters at each of `sites`.
+    """
     return [entered * sum(s <= k for s in sites) for k in range(n_sites - 1)]
 
 
 def _evaluation(dense: Any, sparse: SparseGPT, bridges: BridgeSet, tokens: int) -> int:
-    """Bytes of an evaluation of so many tokens at all sites at once, in float32, no gradient."""
+    """Return the bytes of an evaluation of `tokens` tokens, in float32 and without gradient.
+
+    An evaluation crosses at all bridged sites at once.
+    """
     n, config = len(bridges.config.sites), sparse.config
     width = max(config.intermediate_size, 3 * config.num_attention_heads * config.head_dim)
     residuals = 2 * n * (dense.d_resid + sparse.d_resid)

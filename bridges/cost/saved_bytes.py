@@ -1,7 +1,7 @@
 """What the forward pass of a training step keeps for its backward pass, in bytes.
 
-Counted on the models' own code, run on tensors that have a shape and no contents: no family and no
-variant has a formula of its own, and nothing is computed.
+They are counted by running the models' own code on fake tensors, which have a shape but no
+contents. So nothing is computed, and no family of models needs a formula of its own.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ class SavedBytes(NamedTuple):
     """Bytes that the forward pass keeps for the backward pass."""
 
     of_row: float
-    """For every row, a sequence of the planned length."""
+    """Bytes per row; a row is a sequence of the planned length."""
     once: float
-    """Whatever the number of rows, parameters aside: their copies under autocast."""
+    """Bytes that do not depend on the number of rows: the 16-bit copies of parameters that
+    autocast makes. The parameters themselves are not counted."""
 
 
 def twin_saved(
     sparse: SparseGPT, length: int, mixed_precision: str
 ) -> tuple[SavedBytes, SavedBytes]:
-    """Return what an attention and an MLP sublayer of the twin keep."""
+    """Return what one attention sublayer of the twin keeps, and what one MLP sublayer keeps."""
     d = sparse.d_resid
 
     def sublayer(name: str) -> SavedBytes:
@@ -47,7 +48,7 @@ def twin_saved(
 
 
 def dense_saved(model: nn.Module, length: int, mixed_precision: str) -> SavedBytes:
-    """Return what all layers of the dense model keep."""
+    """Return what all layers of the dense model together keep."""
     width = model.get_input_embeddings().weight.shape[1]  # pyright: ignore
 
     def run(copied: Any, rows: int) -> None:
@@ -58,7 +59,10 @@ def dense_saved(model: nn.Module, length: int, mixed_precision: str) -> SavedByt
 
 
 def site_saved(bridges: BridgeSet, length: int, mixed_precision: str) -> SavedBytes:
-    """Return what one bridged site keeps: h, both bridges and their errors; z is the twin's."""
+    """Return what one bridged site keeps: h, the outputs of encoder and decoder, their errors.
+
+    z is left out, since the twin's own layers keep it.
+    """
     c = bridges.config
 
     def run(copied: Any, rows: int) -> Any:
@@ -74,9 +78,10 @@ def site_saved(bridges: BridgeSet, length: int, mixed_precision: str) -> SavedBy
 def saved_bytes(
     module: nn.Module, run: Callable[[Any, int], Any], mixed_precision: str
 ) -> SavedBytes:
-    """Count what `run(module, rows)` keeps for the backward pass, without computing anything.
+    """Return what `run(module, rows)` keeps for the backward pass, without computing anything.
 
-    The module is copied with parameters and buffers of its shapes that hold nothing.
+    It is run for one row and for two, on a fake copy of the module; the difference is what a row
+    takes.
     """
     with FakeTensorMode():
         fake = _without_contents(module)
@@ -91,9 +96,9 @@ def saved_bytes(
 
 
 def saved(run: Callable[[], Any]) -> tuple[dict[int, int], Any]:
-    """Return the bytes of every storage that autograd keeps of `run()`, and what it returns."""
+    """Return the bytes of every storage that autograd keeps of `run()`, and what `run` returns."""
     sizes: dict[int, int] = {}
-    alive = []  # so that no storage takes the name of one that is gone
+    alive = []  # holds every tensor, so that no new storage gets the address of a freed one
 
     def note(t: Tensor) -> Tensor:
         alive.append(t)
@@ -109,7 +114,10 @@ def _storage(t: Tensor) -> int:
 
 
 def _without_contents(module: nn.Module) -> Any:
-    """Return a copy whose tensors have shape and dtype alone; call it under a FakeTensorMode."""
+    """Return a copy whose tensors have a shape and a dtype but no contents.
+
+    Call it under a FakeTensorMode.
+    """
     memo: dict[int, Any] = {}
     for p in module.parameters():
         empty = torch.empty(p.shape, dtype=p.dtype)

@@ -1,4 +1,4 @@
-"""Speed and memory of a few real training steps on the device at hand."""
+"""Measure speed and memory of a few real training steps on the device at hand."""
 
 from __future__ import annotations
 
@@ -21,27 +21,30 @@ from sparse.training.loop import fit
 from sparse.training.shard import AllStop
 
 NEVER = 10**9
+"""A number of steps that no measurement reaches."""
 TIMED = 2
-"""Steps timed after the first, which warms up; the faster one counts."""
+"""Steps that are timed, after a first one that warms up; the faster of them counts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepTime:
-    """What `time_steps` measured; a number is None where it did not come to it."""
+    """What `time_steps` measured. A number is None where it could not be measured."""
 
     device: str
     sequences: int = 0
-    """Sequences of a step, over all processes and its passes, of which there are at most two."""
+    """Sequences of the measured step, over all processes and all passes. A measured step has at
+    most two passes, even where the steps of the run have more."""
     length: int = 0
     """Tokens of a sequence."""
     seconds: float | None = None
-    """Of one step, forward and backward, optimizer and projection."""
+    """Seconds of one step: forward and backward passes, optimizer and projection."""
     peak: int | None = None
-    """Bytes at the peak."""
+    """Bytes of memory at the peak."""
     peak_of: str = ""
-    """What the peak is of: torch.cuda.max_memory_allocated, or the process's resident size."""
+    """How the peak was measured: by torch.cuda.max_memory_allocated, or as the largest resident
+    size of the process."""
     failed: str = ""
-    """The first size that did not hold, and why; empty where none was met."""
+    """The first size that did not fit, and the error; empty where every size tried did fit."""
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -50,11 +53,14 @@ class StepTime:
 
 
 class _Enough(AllStop):
-    """Ends the training before it has written anything."""
+    """Raised to end the training before it has written anything."""
 
 
 class _Clocked:
-    """Random tokens that note when each step asks for them, and stop the training in time."""
+    """A source of random tokens that notes when each step asks for a batch.
+
+    After `steps` steps it raises `_Enough` instead of giving another batch.
+    """
 
     def __init__(self, ids: Tensor, device: torch.device, steps: int) -> None:
         self.ids, self.device, self.steps = ids, device, steps
@@ -88,11 +94,15 @@ def time_steps(
 ) -> StepTime:
     """Return time and memory of the steps that `cotrain` would take, on random tokens.
 
-    One sequence per process is tried, then twice as many, up to those of one pass of a step, as
-    long as the steps would end within `seconds` in all, compilation aside; the largest that held is
-    returned. The twin is at its final density. `fit` itself takes the steps and is stopped before
-    it writes: nothing is written and the random numbers that follow are the same, but `sparse` and
-    `bridges` are changed: build them anew before training. Raises ValueError as `plan` does.
+    A pass of one sequence per process is tried first, then one of twice as many, and so on up to
+    the size of one pass of the planned step, as long as all steps together would stay within
+    `seconds` (compilation does not count). The result is that of the largest size that fitted. The
+    timed steps have the twin at its final density.
+
+    The steps are taken by `fit` itself, which is stopped before it writes. So no file is written
+    and the random numbers drawn later are the same as without this call. But `sparse` and `bridges`
+    are changed: build them anew before training. Raises ValueError for a batch that processes and
+    passes cannot share evenly.
 
     >>> from accelerate import Accelerator
     >>> from bridges import BridgeConfig, BridgeSet, CotrainConfig, time_steps
@@ -124,7 +134,10 @@ def time_steps(
 
 
 def rows_per_pass(batch: int, processes: int, accumulate: int) -> int:
-    """Return the sequences of a pass of one process; raise ValueError where shares are unequal."""
+    """Return the number of sequences in a pass of one process.
+
+    Raises ValueError where the batch cannot be shared evenly.
+    """
     parts = processes * accumulate
     if batch < 1 or batch % parts:
         raise ValueError(
@@ -143,7 +156,7 @@ def _try(
     length: int,
     accelerator: Accelerator,
 ) -> StepTime | str:
-    """Take a few steps; return what they took, or why they could not be taken."""
+    """Return what a few steps took, or the first line of the error if they ran out of memory."""
     device, short = accelerator.device, _short(config)
     module = Cotraining(dense, sparse, bridges, short).to(device)
     ids = torch.randint(dense.vocab_size, (sequences * short.train.accumulate, length))

@@ -4,9 +4,11 @@
     ce = c_ce mean_{stream, labelled token} -log q_label                   as `ce_nats`
     d (kl + ce) / d logits = c_kl (q - p) / n + c_ce (q - 1_label) / n_labelled
 
-p is the target's distribution and q a stream's. Tokens are walked over in chunks. The logits of a
-chunk are formed, scored, turned into their own gradient and dropped, so that no more than CHUNK of
-them exist at a time.
+p is the target's distribution and q a stream's; n is the number of streams times tokens, n_labelled
+that of streams times labelled tokens. The tokens are processed in chunks. For each chunk the logits
+are formed and scored, the gradient of the loss with respect to them is written over them and passed
+back to the residuals, and then they are dropped. So no more than about CHUNK logits of one model
+exist at a time, however many tokens there are.
 """
 
 from __future__ import annotations
@@ -19,16 +21,18 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 CHUNK = 2**21  # logits that exist at once for one model: 8 MB in float32
-MIN_ROWS = 256  # but at least so many rows of them, however large the vocabulary
+MIN_ROWS = 256  # rows (tokens) of logits in a chunk at least, however large the vocabulary
 
 
 class Stream(NamedTuple):
-    """The last residuals of several passes through one model, and what they are scored by."""
+    """The last residuals of several passes through one model, and the weights of their terms."""
 
     unembed: Callable[[Tensor, Tensor], Tensor]
-    """The model's end: (residuals at the last site, their tokens) in any shape to logits."""
+    """The model's final norm and head: takes residuals at the last site, in any shape, and their
+    tokens; returns logits."""
     h: Float[Tensor, "stream token d"]
-    """Residuals at the last site, at all of the tokens or at the first few."""
+    """Residuals at the last site. They may stop early: where h has fewer tokens than the target,
+    only these first ones are scored."""
     kl: float = 0.0
     """Coefficient of the mean over streams and tokens of KL(target || stream)."""
     ce: float = 0.0
@@ -36,7 +40,7 @@ class Stream(NamedTuple):
 
 
 class StreamLoss(NamedTuple):
-    """The terms of a `Stream`, in nats per token, weighted; gradients flow through both."""
+    """The terms of a `Stream`, in nats per token, times its coefficients. Both have gradients."""
 
     kl: Float[Tensor, ""]
     ce: Float[Tensor, ""]
@@ -54,11 +58,11 @@ class _Job(NamedTuple):
     """-1 at tokens without a label."""
     vocab_size: int
     params: tuple[Tensor, ...]
-    """Parameters that an `unembed` reads and whose gradient is wanted."""
+    """Parameters whose gradient is wanted, where an `unembed` reads them."""
 
 
 class _Factors(NamedTuple):
-    """By what the gradients of a stream's two terms are multiplied."""
+    """The factors by which the gradients of a stream's two terms are multiplied."""
 
     kl: Any
     ce: Any
@@ -86,13 +90,14 @@ def score_streams(
 ) -> list[StreamLoss]:
     """Return KL to the target and cross entropy of every stream, in nats per token.
 
-    The target is the first stream of `target`; it is a constant and is computed once for all
+    The target is the first pass that `target` holds. It is a constant and is computed once for all
     streams. `labels` is -1 at tokens without one. Gradients flow to every `h` and to those of
     `params` that an `unembed` reads.
 
-    The gradient of the sum of all terms is formed in the same sweep, while the logits are there,
-    so a backward pass through that sum costs nothing more. If terms are differentiated apart, or
-    weighted differently afterwards, the backward pass sweeps over the tokens once more.
+    The forward pass already computes the gradient of the sum of all terms, while the logits are in
+    memory. A backward pass through that sum, times any number, therefore costs almost nothing. If
+    the terms are differentiated one by one, or weighted differently afterwards, the backward pass
+    computes all logits once more.
     """
     detached = tuple(s._replace(h=s.h.detach()) for s in streams)  # the graph runs through apply
     wanted = tuple(p for p in params if p.requires_grad)
@@ -106,7 +111,10 @@ def score_streams(
 
 
 class _Scores(torch.autograd.Function):
-    """Terms of all streams as (every kl, every ce, mean KL per stream) from one sweep."""
+    """The terms of all streams, as (every kl, every ce, mean KL per stream), from one sweep.
+
+    A sweep is one walk over all chunks of tokens.
+    """
 
     @staticmethod
     def forward(ctx, job: _Job, *inputs: Tensor):
@@ -140,11 +148,12 @@ class _Scores(torch.autograd.Function):
 
 
 def _is_one_number(grads: Sequence[Tensor | None]) -> bool:
-    """Say whether all of these scalars are one number in memory.
+    """Return whether all of these scalars are one and the same number in memory.
 
-    When terms are summed, autograd hands each of them the same scalar. Where it lies tells so
-    without reading it, which would let the host wait for the device. Equal numbers at different
-    places count as different; that costs a sweep and changes nothing.
+    When terms are summed, autograd hands each of them the same scalar tensor. Comparing addresses
+    shows this without reading the number, for which the host would have to wait for the device.
+    Equal numbers at different addresses count as different; this costs a sweep, but the gradients
+    are right all the same.
     """
     first = grads[0]
     return first is not None and all(
@@ -160,10 +169,10 @@ def _autocast(kind: str) -> tuple[str, torch.dtype, bool]:
 def _sweep(
     job: _Job, factors: Sequence[_Factors] | None
 ) -> tuple[list[_Sums], list[Tensor | None]]:
-    """Walk over the tokens chunk by chunk.
+    """Return the sums of every stream over all tokens, and gradients if `factors` are given.
 
-    Return the sums of every stream and, with `factors`, the gradients of the terms times their
-    factors, added up: those of every stream's h, then those of the parameters.
+    The gradient is that of the sum of all terms, each times its factor; it is returned first for
+    every stream's h, then for every parameter.
     """
     wanted = [None] * len(job.streams) if factors is None else factors
     sums = [_Sums(s, job.labels, f) for s, f in zip(job.streams, wanted, strict=True)]
@@ -171,7 +180,7 @@ def _sweep(
     widest = max(len(s.h) for s in job.streams)
     step = max(1, max(MIN_ROWS, CHUNK // job.vocab_size) // widest)
     longest = max(s.h.shape[1] for s in job.streams)
-    rooms: list[Tensor] = []  # for p, and for what else is as large: fresh memory is slow
+    rooms: list[Tensor] = []  # memory for p and for log q, used by every chunk: fresh one is slow
     for a in range(0, longest, step):
         b = min(a + step, longest)
         logits = job.target.unembed(job.target.h[0, a:b], job.ids[a:b])
@@ -191,7 +200,7 @@ def _sweep(
 
 
 def _log_probs_in(room: Tensor, logits: Tensor) -> Tensor:
-    """`log_probs`, written over the beginning of `room`."""
+    """Return the log softmax of `logits`, written over the beginning of `room`."""
     out = room[: logits.numel()].view(logits.shape)
     return torch.log_softmax(logits, -1, dtype=out.dtype, out=out)
 
@@ -215,7 +224,10 @@ class _Sums:
     def add(
         self, chunk: _TargetChunk, params: Sequence[Tensor], room: Tensor
     ) -> tuple[Tensor | None, ...]:
-        """Score the tokens of one chunk; return gradients of `params`. `room` is written over."""
+        """Add the tokens of one chunk to the sums; return the gradients of `params` they give.
+
+        The contents of `room` are lost.
+        """
         s, a = self.stream, chunk.start
         m = min(len(chunk.ids), self.n - a)
         if m <= 0 or not (s.kl or s.ce):

@@ -1,4 +1,8 @@
-"""Count, mean and spread of vectors, which join exactly over batches and processes."""
+"""Count, mean and spread of sets of vectors; those of two sets give those of their union.
+
+This is how a mean and a variance over a whole batch are had when the batch is cut into parts or
+shared among processes.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ from torch import Tensor
 
 
 class Moments(NamedTuple):
-    """Count, mean and spread of vectors; those of two sets together are `of one + of the other`."""
+    """Count, mean and spread of a set of vectors. `join` gives those of two sets together."""
 
     n: float
     mean: Float[Tensor, " d"]
@@ -39,14 +43,17 @@ class Moments(NamedTuple):
 def moments_of(targets: Sequence[Float[Tensor, "*batch _"]], processes: int = 1) -> list[Moments]:
     """Return the moments of each target.
 
-    With `processes` above 1 every process calls this with its own rows, equally many, and gets the
-    moments of all rows.
+    With `processes` above 1 every process calls this with its own rows, all with equally many, and
+    every one gets the moments of all rows together.
     """
     return of_all_processes([Moments.of(t) for t in targets], processes)
 
 
 def of_all_processes(mine: Sequence[Moments], processes: int) -> list[Moments]:
-    """Join each process's moments of equally many rows; every process gets those of all rows."""
+    """Return the moments of the rows of all processes together.
+
+    Every process calls this with the moments of its own rows, all of equally many.
+    """
     if processes == 1:
         return list(mine)
     sent = torch.cat([torch.cat([m.mean, m.spread[None]]) for m in mine])

@@ -24,14 +24,17 @@ def kl_nats(
 
         KL = sum_v p_v (log p_v - log q_v),     d KL / d logits = q - p
 
-    Both may be logits or log-probabilities; the target is a constant (no gradient reaches it). One
-    number per position: the caller writes the mean.
+    Both may be logits or log-probabilities. The target is a constant: no gradient reaches it. No
+    mean is taken here, so that every caller shows over what it averages.
     """
     return _KL.apply(target, logits)  # pyright: ignore[reportReturnType]
 
 
 class _KL(torch.autograd.Function):
-    """The gradient in closed form: half the passes over the vocabulary that autograd would make."""
+    """`kl_nats` with its gradient in closed form.
+
+    It reads the vocabulary half as often as what autograd would derive.
+    """
 
     @staticmethod
     def forward(ctx, target: Tensor, logits: Tensor) -> Tensor:
@@ -64,16 +67,19 @@ def nmse(
     moments: Moments | None = None,
     by: Normalised = "fvu",
 ) -> Float[Tensor, ""]:
-    """Return a normalised squared error, a fraction; 0 is perfect. t over batch and positions:
+    """Return a normalised squared error, a fraction; 0 is perfect. t runs over batch and positions:
 
         "fvu"        sum_t |x_t - target_t|^2 / sum_t |target_t - mean|^2
         "per_token"  mean_t (|x_t - target_t|^2 / (|target_t - mean|^2 + 1e-8))
         "uncentred"  sum_t |x_t - target_t|^2 / sum_t |target_t|^2
 
-    (docs/method.md#normalised-error.) The first is the fraction of variance unexplained, 1 where x
-    is as good as the mean. Denominators are detached, so the target cannot lower its loss
-    by growing. `moments` are those of the whole of which `target` holds some rows, by default of
-    the target itself; the errors of all its parts add up to that of the whole.
+    (docs/method.md#normalised-error.) "fvu" is the fraction of variance unexplained, which is 1
+    where x is no better than the mean. Denominators are detached, so that the model which makes
+    the target cannot lower the loss by making the target larger.
+
+    Where `target` holds only some rows of a batch, `moments` are those of the whole batch; by
+    default they are those of `target`. With them the errors of all parts of a batch add up to the
+    error of the whole.
     """
     x, target = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (x, target))
     n, mean, spread = moments or Moments.of(target)

@@ -3,11 +3,12 @@
     encode:  z_hat = AbsTopK_k(E_s (h - mu_s) / sigma_s + c_s)          dense to sparse
     decode:  h_hat = mu_s + sigma_s (D_s z + m_s)                       sparse to dense
 
-mu_s is the mean and sigma_s the root mean square about it (one number per site) of the dense
-residual, taken from data once at the start, because dense sites differ in scale tenfold (Gao et al.
-2025, section 3.3; docs/method.md#bridge-maps; docs/bridge-study compares with raw residuals). s is
-a site of the dense model, by which a bridge is known; z is the sparse residual at the sparse site
-it is bridged to (`BridgeConfig`).
+h is the residual of the dense model at its site s, and z that of the twin at the sparse site to
+which s is bridged (`BridgeConfig`). A bridge is named by its dense site s. E_s, c_s and D_s, m_s
+are trained. mu_s, the mean of h, and sigma_s, its root mean square about the mean (one number per
+site), are measured once at the start, because dense sites differ in scale tenfold (Gao et al. 2025,
+section 3.3; docs/method.md#bridge-maps; docs/bridge-study compares with raw residuals). AbsTopK_k
+keeps the k entries of largest size and sets the others to 0.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from .site_map import even_sites
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BridgeConfig:
-    """The shape of one bridge set: which dense site is bridged to which sparse one, and widths.
+    """The shape of a bridge set: widths, and which dense site is bridged to which sparse site.
 
     A site is a place in a model's residual stream, counted from 0 in depth order by that model
     alone: 0 is after the embeddings, the last is before the final norm. With L layers there are
@@ -43,9 +44,9 @@ class BridgeConfig:
         dense, 4 layers     0  1  2  3  4  5  6  7  8        sites        = (0, 2, 4, 6, 8)
         sparse, 2 layers    0     1     2     3     4        sparse_sites = (0, 1, 2, 3, 4)
 
-    Bridge i joins dense site sites[i] and sparse site sparse_sites[i]. It is known by its dense
-    site: `encode(4, h)` takes the dense residual at site 4 to sparse site 2. Saved next to the
-    weights and checked on load.
+    Bridge i joins dense site sites[i] and sparse site sparse_sites[i]. Every method names it by its
+    dense site: here `encode(4, h)` takes the dense residual at site 4 to sparse site 2. The config
+    is saved beside the weights of the bridges and checked when they are loaded.
     """
 
     d_dense: int
@@ -59,11 +60,13 @@ class BridgeConfig:
     k: int
     """Entries an encoder keeps in each sparse vector, 1..d_sparse."""
     sites: tuple[int, ...] = ()
-    """The bridged dense sites in ascending order. By default as many as the model with fewer sites
-    has, spread evenly over the other's (`even_sites`): all of both where they have equally many."""
+    """The bridged dense sites, ascending. By default those of `even_sites`: all sites of the model
+    that has fewer, spread evenly over the sites of the other. Where both models have equally many
+    sites, these are all of them."""
     sparse_sites: tuple[int, ...] = ()
-    """The sparse site of each, ascending too, so that no two bridges share one. By default the
-    partners that `even_sites` gives: the same sites where both models have equally many."""
+    """The sparse site of each bridge, ascending too, so that no two bridges share one. By default
+    the partners that `even_sites` gives: the same numbers where both models have equally many
+    sites."""
 
     def __post_init__(self) -> None:
         for name in ("d_dense", "d_sparse", "n_dense_sites", "n_sparse_sites", "k"):
@@ -109,9 +112,9 @@ class BridgeConfig:
     ) -> BridgeConfig:
         """Return the config for bridges between two models, of whatever depths and widths.
 
-        `sites` is a map {dense site: sparse site}, such as {0: 0, 4: 2, 8: 4} or what `fit_sites`
-        found; or the dense sites alone, whose partners are `sparse_sites` or, without these, those
-        of the even map.
+        `sites` is either a map {dense site: sparse site}, such as {0: 0, 4: 2, 8: 4} or the `sites`
+        that `fit_sites` found, or the dense sites alone. In the second case their partners are
+        `sparse_sites`, or by default those of the even map (`even_sites`).
         """
         if isinstance(sites, Mapping):
             if sparse_sites:
@@ -133,14 +136,17 @@ class BridgeConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> BridgeConfig:
-        """Build from saved fields; an unknown one is an error."""
+        """Return the config with these saved fields; raise ValueError for an unknown one."""
         values = checked(cls, values, "BridgeConfig")
         lists = {name: tuple(values.get(name, ())) for name in ("sites", "sparse_sites")}
         return cls(**{**values, **lists})
 
 
 def _ints(name: str, values: Iterable[Any]) -> tuple[int, ...]:
-    """Plain ints of numbers of whatever library, which can be saved and compared."""
+    """Return whole numbers of any library as plain ints, which can be saved and compared.
+
+    Raises ValueError for a number that is not whole.
+    """
     values = tuple(values)
     try:
         return tuple(map(index, values))
@@ -159,7 +165,7 @@ class BridgeSet(nn.Module):
     """An encoder and a decoder for every bridge; methods name a bridge by its dense site."""
 
     def __init__(self, config: BridgeConfig, seed: int = 0) -> None:
-        """E ~ N(0, 0.09/d_dense), D ~ N(0, 1/d_sparse), biases 0, mu = 0, sigma = 1."""
+        """Start with E ~ N(0, 0.09/d_dense), D ~ N(0, 1/d_sparse), biases 0, mu = 0, sigma = 1."""
         super().__init__()
         self.config = config
         self.dense_fingerprint: str | None = None
@@ -189,9 +195,10 @@ class BridgeSet(nn.Module):
     def encode(
         self, site: int, h: Float[Tensor, "*batch d_dense"]
     ) -> Float[Tensor, "*batch d_sparse"]:
-        """Return the sparse residual, k of its entries nonzero, that stands for dense `h`.
+        """Return the encoder's prediction of the sparse residual from the dense residual `h`.
 
-        It belongs to the sparse site `config.pairs[site]`.
+        `h` is taken at dense `site`. The prediction is for the sparse site `config.pairs[site]`
+        and has at most k nonzero entries per token.
         """
         i = self.index(site)
         x = (h - self.mean[i]) / self.scale[i]
@@ -200,14 +207,20 @@ class BridgeSet(nn.Module):
     def decode(
         self, site: int, z: Float[Tensor, "*batch d_sparse"]
     ) -> Float[Tensor, "*batch d_dense"]:
-        """Return the dense residual that stands for sparse residual `z`."""
+        """Return the decoder's prediction of the dense residual from the sparse residual `z`.
+
+        `z` is taken at the sparse site `config.pairs[site]`; the prediction is for dense `site`.
+        """
         i = self.index(site)
         return self.mean[i] + self.scale[i] * self.decoders[i](z)
 
     def transport(
         self, site: int, delta: Float[Tensor, "*batch d_sparse"]
     ) -> Float[Tensor, "*batch d_dense"]:
-        """Return what a sparse change adds to the dense residual: sigma_s D_s delta."""
+        """Return what a change of the sparse residual adds to the dense one: sigma_s D_s delta.
+
+        It equals decode(z + delta) - decode(z) for any z, since the decoder is affine.
+        """
         i = self.index(site)
         return self.scale[i] * nn.functional.linear(delta, self.decoders[i].weight)  # pyright: ignore
 
@@ -218,14 +231,18 @@ class BridgeSet(nn.Module):
 
     @torch.no_grad()
     def centre(self, moments: Sequence[Moments]) -> None:
-        """Set mu_s and sigma_s from the moments of the dense residuals at every site."""
+        """Set mu_s and sigma_s from the moments of the dense residuals at every dense site."""
         for i, site in enumerate(self.config.sites):
             n, mean, spread = moments[site]
             self.mean[i] = mean
             self.scale[i] = (spread / (n * len(mean))).sqrt().clamp(min=1e-6)
 
     def check(self, dense: ResidualModel, sparse: ResidualModel) -> None:
-        """Raise unless these bridges fit between, and belong to, `dense` and `sparse`."""
+        """Raise ValueError unless these bridges fit the two models and were trained with them.
+
+        They fit where the numbers of sites and the widths agree. Bridges that were trained know the
+        fingerprints of their models, and these must agree too.
+        """
         c = self.config
         for side, model, n, width in (
             ("dense", dense, c.n_dense_sites, c.d_dense),
@@ -249,7 +266,7 @@ class BridgeSet(nn.Module):
                 )
 
     def save(self, folder: str | Path) -> None:
-        """Write the folder: weights in safetensors, config and fingerprints in JSON."""
+        """Write a folder with the weights in safetensors and config and fingerprints in JSON."""
         state = {
             "config": asdict(self.config),
             "dense_fingerprint": self.dense_fingerprint,
@@ -259,7 +276,7 @@ class BridgeSet(nn.Module):
 
     @classmethod
     def load(cls, folder: str | Path) -> BridgeSet:
-        """Read what `save` wrote."""
+        """Return the bridges that `save` wrote; raise ValueError where the files do not agree."""
         tensors, state = read_folder(Path(folder), "bridges")
         try:
             bridges = cls(BridgeConfig.from_dict(state["config"]))

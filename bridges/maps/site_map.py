@@ -1,4 +1,7 @@
-"""Which site of a dense model answers which site of a sparse one, where depths differ.
+"""Which dense site is bridged to which sparse site, where the two models differ in depth.
+
+A map pairs dense site d_i with sparse site s_i and keeps their order. It holds every site of the
+model with fewer sites, here called the smaller. There are two ways to choose it:
 
     map     d_1 < d_2 < ..  (dense sites)    s_1 < s_2 < ..  (sparse sites)     strictly monotone
     even    larger_i = round(i (N - 1) / (n - 1))                 n sites of the smaller, N >= n
@@ -8,7 +11,9 @@
     FVU(y from x) = sum_t |y_t - W'x_t - b|^2 / sum_t |y_t - mean y|^2
     W = (C_xx + lambda I)^-1 C_xy,    b = mean y - W' mean x,    lambda = ridge tr(C_xx) / d_x
 
-with C the centred sums of products over the tokens that W is fitted to.
+with C the centred sums of products over the tokens that W is fitted to. FVU is the fraction of
+variance unexplained: the cost of a pair is low where each residual is nearly a linear function of
+the other.
 """
 
 from __future__ import annotations
@@ -24,11 +29,13 @@ from bridges.protocol import ResidualModel
 
 
 def even_sites(n_dense: int, n_sparse: int) -> dict[int, int]:
-    """Return {dense site: sparse site}: all sites of the smaller model, even over the larger.
+    """Return {dense site: sparse site}: all sites of the smaller model, spread over the larger's.
 
-    First to first and last to last; halves are rounded to even. Equal numbers give the identity;
-    a dense model of L+1 sites and a sparse one of 2L+1 give i to 2i, block boundary to block
-    boundary.
+        larger_i = round(i (N - 1) / (n - 1)),  i = 0..n-1,  halves rounded to even
+
+    The smaller model is the one with fewer sites, n; the other has N. The first sites are paired,
+    and the last ones. Equal numbers of sites give the identity. A dense model of L+1 sites (one per
+    block boundary) and a sparse one of 2L+1 give {i: 2i}, so block boundaries meet.
 
     >>> from bridges import even_sites
     >>> even_sites(n_dense=9, n_sparse=5)  # {dense site: sparse site}
@@ -42,26 +49,27 @@ def even_sites(n_dense: int, n_sparse: int) -> dict[int, int]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SiteFit:
-    """The map of sites that linear maps fit best, how well every pair fits, and the control."""
+    """The map of sites of least total cost, the cost of every pair of sites, and the control."""
 
     sites: dict[int, int]
     """{dense site: sparse site} of least total cost; `BridgeConfig.between` takes it as it is."""
     total: float
-    """Sum of the cost over its pairs, in fractions of variance."""
+    """Sum of the cost over the pairs of `sites`, in fractions of variance."""
     even: dict[int, int]
-    """The control: the even map."""
+    """The control: the even map, which has as many pairs."""
     even_total: float
-    """Its sum of the cost, of equally many pairs."""
+    """Sum of the cost over the pairs of `even`."""
     encoder_fvu: Float[Tensor, "dense_site sparse_site"]
     """Fraction of the sparse residual's variance that the dense one does not explain."""
     decoder_fvu: Float[Tensor, "dense_site sparse_site"]
     """Fraction of the dense residual's variance that the sparse one does not explain."""
     in_sample: bool
-    """Whether the fractions are of the very text the maps were fitted to, hence too low."""
+    """Whether the fractions were measured on the text that the maps were fitted to. If so they are
+    too low."""
 
     @property
     def cost(self) -> Float[Tensor, "dense_site sparse_site"]:
-        """Both fractions together, 0 to about 2."""
+        """The sum of both fractions, 0 to about 2."""
         return self.encoder_fvu + self.decoder_fvu
 
 
@@ -77,14 +85,17 @@ def fit_sites(
 ) -> SiteFit:
     """Return the strictly monotone map of sites with the lowest total cost, exactly.
 
-    The linear maps are fitted to `batches` and measured on `heldout`, other text; without it
-    in-sample, which favours sites that are wide or have many directions. They are affine, without
-    AbsTopK. Meant for a sparse model that has been trained: at random weights the fit says little.
+    The cost (top of this file) comes from ridge regressions between the two models' residuals:
+    affine maps, without the AbsTopK that a bridge's encoder has. They are fitted to `batches` and
+    their cost is measured on `heldout`, which should be other text. Without `heldout` it is
+    measured on `batches`, which favours sites that are wide or have many directions. Use this on a
+    sparse model that has been trained: at random weights the fit says little.
 
     Any amount of text takes the same memory: 8 bytes for each pair of a dense and a sparse channel
     at any sites (3.9 GB between 25 sites of 768 and 25 of 1,024), twice that with `heldout`. A
     token costs 2 operations in float64 per such pair. `device` is where the models are. Raises
-    ValueError without text, and where a residual is constant or a fit has no one answer.
+    ValueError where no text is given, where a residual is constant, and where there is too little
+    text for a regression to have one answer.
 
     >>> from bridges import fit_sites, load_run
     >>> run = load_run("tiny")
@@ -113,12 +124,11 @@ def fit_sites(
 def best_map(cost: Float[Tensor, "dense_site sparse_site"]) -> dict[int, int]:
     """Return the strictly monotone {dense site: sparse site} of least total cost.
 
-    It holds all sites of the smaller side: row by row, least[i, j] is the least sum of rows 0..i
-    with row i at column j,
-
         least[i, j] = cost[i, j] + min over j' < j of least[i-1, j']
 
-    Raises ValueError for a cost that is not finite.
+    The map holds all sites of the side with fewer. It is found by dynamic programming: least[i, j]
+    is the least sum over rows 0..i where row i is paired with column j. Raises ValueError for a
+    cost that is not finite.
     """
     if not cost.numel() or not cost.isfinite().all():
         raise ValueError(
@@ -144,9 +154,11 @@ def _total(cost: Tensor, sites: dict[int, int]) -> float:
 
 @dataclass(slots=True)
 class _Sums:
-    """Sums over tokens, float64, of x (residuals of one model) and y (of the other) at all sites.
+    """Sums over tokens, in float64, from which every regression between two models follows.
 
-    Both are counted from a fixed origin near their means, so that centring cancels little.
+    x are the residuals of one model and y those of the other, at all sites. A fixed origin near
+    their means is subtracted from both first; otherwise the later subtraction of the mean would
+    lose digits.
     """
 
     n: int
@@ -169,7 +181,10 @@ class _Sums:
         self.xy += (flat_x.T @ flat_y).view_as(self.xy)
 
     def about(self, i: int, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Sums of products xx of site i and xy with every site, each about the given means."""
+        """Return the centred sums of products: xx of site i, and xy of site i with every site.
+
+        x and y are the means to centre about.
+        """
         xx = self.xx[i] - _outer(self.x[i], x[i]) - _outer(x[i], self.x[i] - self.n * x[i])
         xy = self.xy[i] - _outer(self.x[i], y) - _outer(x[i], self.y - self.n * y)
         return xx, xy
@@ -203,7 +218,10 @@ def _sums(
 
 
 def _unexplained(fitted: _Sums, seen: _Sums, ridge: float, side: str) -> Tensor:
-    """FVU of every y of `seen` from every x by the maps of `fitted`, (site_x, site_y)."""
+    """Return the FVU of every y from every x, (site_x, site_y).
+
+    The linear maps are fitted to the sums `fitted` and measured on the sums `seen`.
+    """
     mean_x, mean_y = fitted.x / fitted.n, fitted.y / fitted.n
     square = seen.yy.diagonal(dim1=1, dim2=2).sum(-1)
     spread = square - seen.y.square().sum(-1) / seen.n  # about its own mean

@@ -1,4 +1,4 @@
-"""What a co-training is told: coefficients, learning rates, what is drawn at random."""
+"""The settings of a co-training: coefficients, learning rates, what is drawn at random."""
 
 from __future__ import annotations
 
@@ -46,25 +46,31 @@ class CotrainConfig:
     nmse: Normalised = "fvu"
     """By what the squared errors of the bridges are divided (docs/method.md#normalised-error)."""
     hybrid_sites: HybridSites = "sampled"
-    """"sampled": each sequence draws its own sites, unbiased. "all": each at every site, exact."""
+    """At which bridged sites a sequence crosses from one model to the other. "sampled": at sites
+    drawn at random for each sequence, which is cheap and leaves the mean over sites unbiased.
+    "all": at every one, which has no sampling noise."""
     sites_per_sequence: int = 1
     """How many different sites a sequence draws when sampled; 1 to the number bridged."""
     hybrid_tokens: float = 1.0
-    """Fraction of a sequence's positions at which the hybrid KLs are taken, in (0, 1]. Drawn anew
-    for each sequence and step, unbiased; the passes themselves run over all positions."""
+    """Fraction of a sequence's positions at which the hybrid KLs are taken, in (0, 1]. The
+    positions are drawn anew for each sequence and step, so the mean over them is unbiased. The
+    passes themselves run over all positions: only the unembedding gets cheaper."""
     decoder_trains_trunk: bool = True
     """Whether the decoder's error also reaches the sparse trunk (docs/method.md#gradient-flow)."""
     lr: float = 3e-2
-    """Peak learning rate of the twin at its final density; gradients are normalised, eps is 0.1."""
+    """Learning rate of the twin, before the warm-up, the linear decay and the sharkfin factor
+    scale it (docs/method.md#learning-rate). The twin's gradients are normalised, Adam's eps is 0.1.
+    """
     bridge_lr: float = 3e-3
-    """Peak learning rate of the bridges; gradients are normalised, eps is 1e-8."""
+    """Peak learning rate of the bridges, which have warm-up and linear decay but no sharkfin. Their
+    gradients are normalised apart from the twin's, Adam's eps is 1e-8."""
     weight_decay: float = 0.1
     """Decay of the twin's matrices per unit of learning rate; bridges do not decay."""
     warmup: float = 0.02
     """Share of the steps over which the learning rates rise from 0."""
     calibration_tokens: int = 16384
-    """Tokens from which the dense residual's mean and scale per site are taken at the start; 0:
-    residuals are taken as they are, uncentred and unscaled."""
+    """At least so many tokens give, at the start, the mean and the scale of the dense residual at
+    each site (whole batches are taken). With 0 the bridges neither centre nor scale it."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.warmup < 1:

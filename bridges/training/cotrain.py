@@ -30,7 +30,11 @@ from .validate import calibrate, validate
 
 
 class Cotraining(nn.Module):
-    """The one trainable module: sparse model and bridges inside, the dense model beside."""
+    """The module that `fit` trains: the sparse model and the bridges are its parameters.
+
+    It also holds the dense model, but not as a submodule, so that the optimizer, the checkpoints
+    and the distributed wrappers do not see the frozen weights.
+    """
 
     dense: FrozenModel
 
@@ -51,7 +55,11 @@ class Cotraining(nn.Module):
     def forward(
         self, ids: Int[Tensor, "batch pos"], step: int, part: Part = WHOLE
     ) -> dict[str, Tensor]:
-        """Return the weighted losses of one batch, or of a part of it, at an optimizer step."""
+        """Return the weighted losses of one batch, or of one part of it, at an optimizer step.
+
+        `ids` are the rows of this process. `part` comes from `of_whole`; without it `ids` are
+        everything that this process has of the batch.
+        """
         c, (world, rank) = self.config, _world()
         with csr_products(self.sparse, WORTH_REBUILDING):
             return losses(
@@ -67,7 +75,11 @@ class Cotraining(nn.Module):
             )
 
     def _draw(self, ids: Tensor, step: int, part: Part, world: int, rank: int) -> Draw:
-        """Return this part's rows of what was drawn for the batch of all processes and parts."""
+        """Return the sites and positions drawn for the rows of this part.
+
+        Every process draws for the whole batch, from (seed, step), and takes its own rows of the
+        result. So the draws do not depend on how the batch is shared out.
+        """
         c, sites, positions = self.config, None, None
         own = slice(part.number * len(ids), (part.number + 1) * len(ids))
         n = world * part.of * len(ids)  # sequences of the whole batch
@@ -81,10 +93,12 @@ class Cotraining(nn.Module):
 
     @torch.no_grad()
     def of_whole(self, parts: Sequence[Int[Tensor, "part pos"]]) -> list[Part]:
-        """Return, for each part of this process's share of a batch, what it needs of the whole.
+        """Return one `Part` for each part of this process's share of a batch.
 
-        The errors of the bridges are ratios, whose denominators are of the whole batch: one pass
-        through either model, without gradient and without hybrids, before the first part's own.
+        The errors of the bridges are ratios with denominators over the whole batch, which no part
+        can compute from its own rows. So both models are run on all parts first, without gradient
+        and without hybrid passes, and every `Part` gets the moments of all rows of all processes.
+        Where the errors have weight 0 nothing is run.
         """
         world, n = _world()[0], len(parts)
         if not self.config.weights.nmse:
@@ -100,7 +114,13 @@ class Cotraining(nn.Module):
         return [Part(i, n, whole) for i in range(n)]
 
     def groups(self) -> list[Group]:
-        """The twin by the sparse recipe, the bridges by plain Adam; normalised separately."""
+        """Return the two parameter groups: the twin's and the bridges'.
+
+        The twin is trained by the recipe of a sparse model (sharkfin, eps 0.1, decay), the bridges
+        by Adam with a small eps and no decay. Each group's gradient is normalised by its own size,
+        so that the width of the bridges does not change the twin's step
+        (docs/method.md#co-training-step).
+        """
         c, steps = self.config, self.config.train.steps
         sharkfin = self.sparsifier.anneal.lr_scale
 
@@ -140,9 +160,10 @@ def cotrain(
 ) -> None:
     """Train `sparse` and `bridges` in place against the frozen `dense`.
 
-    Bridges take their centring and scale from the first batches unless a checkpoint in
-    `config.train.folder` is resumed. `validation` batches are scored at every evaluation, at all
-    sites. Raises ValueError where the models do not fit.
+    The bridges' centring and scale are measured on the first batches, unless training resumes from
+    a checkpoint in `config.train.folder`, which holds them. Every evaluation scores the
+    `validation` batches, with hybrid passes at all bridged sites. Raises ValueError where the
+    models and the bridges do not fit each other, or the models have different vocabularies.
 
     >>> import tempfile
     >>> from bridges import BridgeConfig, BridgeSet, CotrainConfig, cotrain
@@ -198,7 +219,7 @@ def cotrain(
 
 
 def _world() -> tuple[int, int]:
-    """How many processes train together, and which of them this is."""
+    """Return how many processes train together, and the rank of this one among them."""
     if not torch.distributed.is_initialized():
         return 1, 0
     return torch.distributed.get_world_size(), torch.distributed.get_rank()

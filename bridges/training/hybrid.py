@@ -4,10 +4,12 @@
     sparse to dense at s:   KL( dense(ids) || dense resumed at s from decode_s(z_t) )
 
 Bridge s joins dense site s and sparse site t = pairs[s] (`BridgeConfig`), which is s where the
-models are equally deep. Both in nats per token (Gao et al. 2025, section 3.3, L_KL). The passes of
-all sites are one pass of a batch that grows: the rows of site s enter there and stay to the end
-(docs/method.md#hybrid-passes). Here is what enters where, and what is left out at random without
-moving the mean.
+models are equally deep. Both KLs are in nats per token (Gao et al. 2025, section 3.3, L_KL).
+
+The passes of all sites run as one pass, whose batch grows on the way: the rows that cross at site s
+are appended to it there and stay to the end (docs/method.md#hybrid-passes). To save time, a
+training step may draw at random at which sites each sequence crosses and at which positions the KLs
+are taken; the draws are made so that the means stay unbiased.
 """
 
 from __future__ import annotations
@@ -35,10 +37,10 @@ def draw_sites(
 ) -> Int[Tensor, "batch draw"]:
     """Draw `m` different sites for every sequence, each uniform over `sites`.
 
-    A pure function of (seed, step). Draw j of sequence b is sites[(u + m b + j) mod S], with one u
-    drawn uniformly for the batch. Every draw is uniform over the sites, so the mean over all draws
-    is an unbiased mean over sites. Dealing them out in turn also keeps the counts even: any two
-    sites are drawn equally often, or one of them once more.
+    Draw j of sequence b is sites[(u + m b + j) mod S], with S sites and one u drawn uniformly for
+    the batch from (seed, step). Every draw is uniform over the sites, so the mean over all draws is
+    an unbiased mean over sites. Because the sites are dealt out in turn, the counts are even too:
+    of any two sites, one is drawn at most once more often than the other.
     """
     if not 1 <= m <= len(sites):
         raise ValueError(f"draw_sites: {m} sites per sequence of {len(sites)}; draw 1 to all")
@@ -52,8 +54,8 @@ def draw_positions(
 ) -> Int[Tensor, "batch drawn"]:
     """Draw round(fraction * n_pos) positions of every sequence, at least one, without repetition.
 
-    A pure function of (seed, step); ascending. Every position is equally likely, so the mean over
-    the drawn ones is an unbiased mean over all.
+    The draw is a pure function of (seed, step), and each row is ascending. Every position is
+    equally likely, so the mean over the drawn ones is an unbiased mean over all.
     """
     n = max(1, round(fraction * n_pos))
     noise = torch.rand(n_sequences, n_pos, generator=_generator(seed, step, "positions"))
@@ -61,7 +63,7 @@ def draw_positions(
 
 
 def drawn_first(positions: Int[Tensor, "batch drawn"], n_pos: int) -> Int[Tensor, " token"]:
-    """Return every token of the flattened batch once, those at `positions` before all others."""
+    """Return the index of every token of the flattened batch, those at `positions` first."""
     taken = torch.zeros(len(positions), n_pos, dtype=torch.bool).scatter_(1, positions, True)
     return (~taken).flatten().int().argsort(stable=True)
 
@@ -70,18 +72,20 @@ class Crossing(NamedTuple):
     """The residuals of a co-training step and where the hybrid passes ended."""
 
     h: list[Float[Tensor, "batch pos d_dense"]]
-    """Of the dense model at every dense site, constants."""
+    """Residuals of the dense model at every dense site; constants, without gradient."""
     z: list[Float[Tensor, "batch pos d_sparse"]]
-    """Of the sparse model at every sparse site."""
+    """Residuals of the sparse model at every sparse site."""
     up: dict[int, Float[Tensor, "batch pos d_sparse"]]
-    """Encoded h, by the dense site of the bridge: up[s] stands for z[pairs[s]]."""
+    """Encoded h, by the dense site of the bridge: up[s] is the encoder's guess at z[pairs[s]]."""
     down: dict[int, Float[Tensor, "batch pos d_dense"]]
-    """Decoded z, by the dense site of the bridge: down[s] stands for h[s]."""
+    """Decoded z, by the dense site of the bridge: down[s] is the decoder's guess at h[s]."""
     ends: (
         tuple[Float[Tensor, "stream token d_sparse"], Float[Tensor, "stream token d_dense"]] | None
     )
-    """Last residuals of the passes dense to sparse and sparse to dense; None if none were run. A
-    stream holds every sequence once: entered at one site, or at its draw j."""
+    """Residuals at the last site of the passes dense to sparse, and of those sparse to dense; None
+    if no hybrid pass was run. Each stream holds every sequence once. Without sampling, stream i is
+    the passes that crossed at the i-th bridged site; with sampling, stream j is the j-th draw of
+    every sequence."""
 
 
 def run_passes(
@@ -92,11 +96,14 @@ def run_passes(
     drawn: Int[Tensor, "batch draw"] | None = None,
     hybrid: bool = True,
 ) -> Crossing:
-    """Run both models on `ids` and, if `hybrid`, on from every bridged site across the bridge.
+    """Return the residuals of both models on `ids` and, if `hybrid`, where the hybrid passes end.
 
-    With `drawn`, sequence b crosses at its own bridges drawn[b] only (dense sites). One pass
-    through the dense model without gradient; one through the sparse model, which the encoded rows
-    join; one through the dense model of the decoded rows.
+    `drawn` holds dense sites: sequence b crosses only at its own bridges drawn[b]. Without it,
+    every sequence crosses at every bridge.
+
+    This takes three passes: one of the dense model on `ids`, without gradient; one of the sparse
+    model on `ids`, which the encoded rows join on the way; and one of the dense model on the
+    decoded rows. Without `hybrid` nothing joins the second and there is no third.
     """
     pairs = bridges.config.pairs  # dense site to sparse site
     with torch.no_grad():
@@ -126,7 +133,10 @@ def run_passes(
 def as_streams(
     ends: Mapping[int, Float[Tensor, "_ pos d"]], drawn: Int[Tensor, "batch draw"] | None
 ) -> Float[Tensor, "stream token d"]:
-    """Order what came out of joined passes by (stream, sequence, position)."""
+    """Return the rows that came out of joined passes, ordered by (stream, sequence, position).
+
+    `ends` has them by the site at which they entered; `Crossing.ends` says what a stream is.
+    """
     sites = sorted(ends)
     if drawn is None:
         return torch.stack([ends[s].flatten(0, 1) for s in sites])
@@ -137,16 +147,16 @@ def as_streams(
 
 
 class CrossingLoss(NamedTuple):
-    """What the passes of a crossing are worth; zeros for those that were not scored."""
+    """The KLs and cross entropies of the passes of a crossing; zeros for those not scored."""
 
     main: StreamLoss
-    """Of the sparse model on its own tokens."""
+    """The sparse model alone."""
     up: StreamLoss
-    """Of the hybrid passes dense to sparse."""
+    """The hybrid passes dense to sparse."""
     down: StreamLoss
-    """Of the hybrid passes sparse to dense."""
+    """The hybrid passes sparse to dense."""
     dense: StreamLoss
-    """Of the dense model itself: its cross entropy."""
+    """The dense model alone: its cross entropy."""
 
 
 def score_passes(
@@ -158,11 +168,13 @@ def score_passes(
     positions: Int[Tensor, "batch drawn"] | None = None,
     with_dense: bool = False,
 ) -> CrossingLoss:
-    """Return what the sparse model and the hybrids are worth, in nats per token.
+    """Return the KL and cross entropy of the sparse model and the KL of the hybrids.
 
-    `coefficients` are those of cross entropy and KL of the sparse model and of the KL of each
-    direction; what has 0 is not computed. With `positions`, the hybrids' KLs are taken there only.
-    `with_dense` adds the dense model's own cross entropy.
+    All are in nats per token, each times its coefficient. `coefficients` are, in this order, that
+    of the sparse model's cross entropy, that of its KL, and that of the hybrids' KL in either
+    direction; a term with coefficient 0 is not computed. With `positions` (of each sequence) the
+    hybrids' KLs are taken at those positions only. `with_dense` adds the dense model's own cross
+    entropy.
     """
     ce, kl, hybrid = coefficients
     n_seq, n_pos = ids.shape

@@ -7,8 +7,9 @@
     up       mean over bridges of KL(dense || sparse resumed from encode(h))
     down     mean over bridges of KL(dense || dense resumed from decode(z))
 
-h is the dense residual at a bridge's dense site, z the sparse one at its sparse site; the passes
-resume there too.
+h is the dense residual at a bridge's dense site, z the sparse residual at its sparse site. The
+hybrid passes resume at these sites: the sparse model at the sparse one, the dense model at the
+dense one. NMSE is `bridges.losses.quantities.nmse`.
 """
 
 from __future__ import annotations
@@ -31,38 +32,46 @@ from .hybrid import Crossing, run_passes, score_passes
 
 
 class Draw(NamedTuple):
-    """What the hybrid passes of a batch are restricted to, at random and without bias."""
+    """The sites and positions to which a step restricts the hybrid passes.
+
+    They are drawn at random (`draw_sites`, `draw_positions` in hybrid.py) and leave the mean of
+    every term unbiased.
+    """
 
     sites: Int[Tensor, "batch draw"] | None = None
-    """Dense sites of the bridges at which each sequence crosses; None: at every bridge."""
+    """Dense sites of the bridges at which each sequence crosses; None means at every bridge."""
     positions: Int[Tensor, "batch drawn"] | None = None
-    """Positions at which their KLs are taken; None: at all."""
+    """Positions at which the KLs of the hybrid passes are taken; None means at all of them."""
 
 
 class Part(NamedTuple):
-    """Which of a batch's equal parts this is, and what it needs of the whole."""
+    """One of the equal parts into which a process cuts its rows of a batch.
+
+    Parts are run one after the other and their gradients added up, to save memory.
+    """
 
     number: int
-    """From 0."""
+    """Index of this part, from 0."""
     of: int
     """Number of parts."""
     whole: Sequence[Moments] | None
-    """Moments of the sparse, then the dense residuals at the bridged sites, over all parts and
-    processes; None where the part is the whole."""
+    """Moments (count, mean, spread) of the sparse residuals at the bridged sites, then of the dense
+    ones, over all parts and processes. None where they need not be given: there is one part, or
+    the errors of the bridges have weight 0."""
 
 
 WHOLE = Part(0, 1, None)
-"""The batch in one part."""
+"""The rows of a process in one part."""
 EVERYWHERE = Draw()
-"""Every sequence at every bridge and position."""
+"""Every sequence crosses at every bridge and is scored at every position."""
 
 
 class Share(NamedTuple):
-    """Which share of a step's batch one pass holds."""
+    """Which share of a step's batch one pass holds: one part of the rows of one process."""
 
     part: Part = WHOLE
     processes: int = 1
-    """How many train together, each on its own rows, equally many."""
+    """Number of processes that train together. Each has rows of its own, all equally many."""
 
 
 ALL_ROWS = Share()
@@ -81,17 +90,18 @@ def losses(
     normalised: Normalised = "fvu",
     decoder_trains_trunk: bool = True,
 ) -> dict[str, Float[Tensor, ""]]:
-    """Return the six terms of the co-training loss, each weighted; their sum is what we descend.
+    """Return the six terms of the co-training loss, each weighted; training lowers their sum.
 
     ce, kl, up and down are in nats per token, encode and decode are fractions (Gao et al. 2025,
     section 3.3). A term of weight 0 is 0 and costs nothing.
 
-    The dense model is frozen: its residuals and logits are constants, but its tails pass gradients
-    to the decoders (docs/method.md#gradient-flow). With `decoder_trains_trunk=False` the decoder's
-    error does not reach the sparse trunk.
+    The dense model is frozen: its residuals and logits are constants. But the part of it that runs
+    after a decoder passes gradients back to that decoder (docs/method.md#gradient-flow). With
+    `decoder_trains_trunk=False` the decoder's error does not reach the sparse trunk.
 
-    Where `share` says that this is one part of a batch, or one process of several, the mean over
-    parts and processes of these losses, and of their gradients, is that of the whole batch.
+    A batch may be cut into parts and shared among processes; `share` says which share `ids` are.
+    The losses are scaled so that their mean over all parts and processes, and that of their
+    gradients, is what the whole batch would give.
     """
     run = run_passes(dense, sparse, bridges, ids, draw.sites, hybrid=w.hybrid > 0)
     nats = score_passes(dense, sparse, run, ids, (w.ce, w.kl, w.hybrid), draw.positions)
@@ -118,11 +128,13 @@ def bridge_errors(
     normalised: Normalised = "fvu",
     decoder_trains_trunk: bool = True,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """Return `weight` times the mean error of the encoders, and of the decoders, as fractions.
+    """Return `weight` times the mean error of the encoders, and the same of the decoders.
 
-    Each is NMSE(x, target) over this part's rows, with the denominator of the whole batch
-    (docs/method.md#normalised-error). The numerators of all parts add up while gradients are
-    averaged, hence the factor rows of the whole / rows here.
+        mean over bridges of NMSE(x, target) * rows of the whole batch / rows here
+
+    Both are fractions. Each NMSE sums over the rows here and divides by the denominator of the
+    whole batch (docs/method.md#normalised-error). The last factor is there because the errors of
+    all parts and processes should add up, while training averages their gradients.
     """
     pairs = bridges.config.pairs
     h, up, down = ([x[s] for s in pairs] for x in (run.h, run.up, run.down))

@@ -14,10 +14,11 @@ from sparse.model.gpt import SparseGPT
 def compiled(dense: DenseModel, sparse: SparseGPT, **options: Any) -> Iterator[None]:
     """Run both models' sublayers through `torch.compile(**options)` while the context is open.
 
-    Parameters keep their names and `state_dict` what it holds. Numbers are those of the backend:
-    bit for bit with `backend="aot_eager"`, to rounding with inductor. `csr_products` leaves a
-    compiled twin alone, so that on a CPU a twin of few weights may be slower than without. The
-    dense model stays compiled (`DenseModel.compile`); the twin is left as it was found.
+    The names of the parameters and the contents of `state_dict` do not change. The numbers are the
+    same bit for bit with `backend="aot_eager"`, and the same up to rounding with inductor. A
+    compiled twin does not use the sparse products of `csr_products`, so on a CPU a twin with few
+    nonzero weights may be slower compiled than not. When the context closes, the twin is as it
+    was before, while the dense model stays compiled (`DenseModel.compile`).
 
     >>> from bridges import compiled, load_run
     >>> run = load_run("tiny")

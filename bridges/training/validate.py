@@ -1,4 +1,4 @@
-"""The terms of the co-training loss on held-out text, unweighted, and the bridges' calibration."""
+"""The unweighted terms of the co-training loss on held-out text, and the bridges' calibration."""
 
 from __future__ import annotations
 
@@ -25,7 +25,11 @@ from .hybrid import run_passes, score_passes
 def calibrate(
     dense: ResidualModel, bridges: BridgeSet, batches: BatchSource, n_tokens: int, device
 ) -> None:
-    """Set the bridges' centring and scale from the run's first `n_tokens` tokens."""
+    """Set the bridges' centring and scale from the first batches of the run.
+
+    Whole batches are taken until they hold at least `n_tokens` tokens. Afterwards `batches` is set
+    back, so that training sees the same text again.
+    """
     state, stream = batches.state_dict(), iter(batches)
     moments: list[Moments] = []
     while not moments or moments[0].n < n_tokens:
@@ -44,11 +48,13 @@ def validate(
     device: torch.device | str = "cpu",
     accelerator: Accelerator | None = None,
 ) -> dict[str, float]:
-    """Return the unweighted terms over `validation`, at all bridges, and for each where it has one.
+    """Return the unweighted terms of the co-training loss, as means over the batches `validation`.
 
-    Keys: ce, ce_dense, kl (nats per token); encode.s, decode.s (fraction of variance, NMSE);
-    up.s, down.s (nats per token), s the bridge's dense site, and the means of the four over sites.
-    With an accelerator its processes share the batches; all of them return the same numbers.
+    Keys: ce, ce_dense, kl (nats per token) of the two models themselves; for every bridge, with s
+    its dense site, encode.s and decode.s (NMSE, fractions of variance) and up.s and down.s (nats
+    per token); and encode, decode, up, down, the means of these over the bridges. Hybrid passes
+    cross at every bridge and are scored at every position. With an accelerator its processes share
+    the batches, and all of them return the same numbers. Without batches the dict is empty.
 
     >>> from bridges import load_run, validate
     >>> run = load_run("tiny")

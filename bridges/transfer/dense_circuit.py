@@ -1,7 +1,7 @@
 """A sparse circuit as interventions on the dense model it is bridged to.
 
-Every `site` here is one of the dense model. What an intervention is stands in intervention.py; how
-it reaches the dense model, through nnsight, is `dense.run_edited`.
+Every `site` here is a site of the dense model. intervention.py computes what an intervention adds
+to the dense residual; `dense.run_edited` adds it there, through nnsight.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from .intervention import (
 )
 
 Logits = Float[Tensor, "batch pos vocab"]
-MOVED = {  # what had a method of its own before interventions were values
+MOVED = {  # old methods and what replaces them, for the message of `__getattr__`
     "ablation_edits": "edits_of(Ablation(...), ids)",
     "steering_edits": "edits_of(Steering(counterfactual_ids, ...), ids)",
     "interchange_edits": "edits_of(Steering(source_ids, ...), ids)",
@@ -49,23 +49,24 @@ MOVED = {  # what had a method of its own before interventions were values
 class DenseCircuit:
     """A sparse circuit as interventions on the dense model it is bridged to.
 
-    `ablate`, `steer` and `interchange` return dense logits, through nnsight. What they do is a
-    value, `Ablation(nodes, kind)` or `Steering(other_ids, nodes, mode)`: `delta` says what it adds
-    to the dense residual, and `edits_of` gives the edits, to be composed with a trace of your own:
+    `ablate`, `steer` and `interchange` run the dense model with an intervention and return its
+    logits. The intervention itself is a value, `Ablation(nodes, kind)` or
+    `Steering(other_ids, nodes, mode)`. `delta` returns what such a value adds to the dense
+    residual, and `edits_of` returns it as edits, which you can use in an nnsight trace of your own:
 
         lm = trace_model(mapped.dense)
         edits = mapped.edits_of(Ablation(), ids)
-        with lm.trace(**mapped.dense.inputs(ids)):                  inside it, in model order
+        with lm.trace(**mapped.dense.inputs(ids)):                  in one trace, in model order
             apply_edits(lm, mapped.dense, edits)
             h = lm.get(mapped.dense.site_path(4)).output.save()
-        with editing(lm, mapped.dense, edits) as edited:            or around it, for any number
+        with editing(lm, mapped.dense, edits) as edited:            or in all traces of a copy
             ...
 
-    In a generation (`dense.generate_edited`, or `editing`) these edits hold at the prompt's
-    positions: what they add was computed there, and a counterfactual has no token beyond the
-    prompt. New positions are left alone; they attend to the edited ones. `live_ablation` holds
-    the nodes at every position, the new ones too, and `edits(node)` gives fixed directions, which
-    act at every position.
+    In a generation (`dense.generate_edited`, or `editing`) these edits act at the prompt's
+    positions only. What they add was computed there, and a counterfactual prompt has no token
+    beyond the prompt. New positions are not edited, but they attend to the edited ones. Two kinds
+    of edits act at new positions too: those of `live_ablation`, which are computed anew at every
+    pass, and the fixed directions that `edits(node)` returns.
     """
 
     circuit: Circuit
@@ -73,10 +74,11 @@ class DenseCircuit:
     bridges: BridgeSet
     dense: DenseModel
     site: int | None
-    """Where deltas are added unless a call says otherwise; chosen on the validation split."""
+    """The dense site at which deltas are added unless a call says otherwise. `choose_site` chooses
+    it on the validation split; None before."""
     site_effects: dict[int, float] = field(default_factory=dict)
-    """What the choice was made by: mean change of the logit difference towards the counterfactual
-    target on the validation split, in logits, per bridged site, at strength 1."""
+    """What `choose_site` measured, by candidate site: the mean change of the logit difference
+    towards the counterfactual target, in logits, at strength 1, on the validation split."""
 
     def __repr__(self) -> str:
         where = "no site chosen" if self.site is None else f"site {self.site}"
@@ -98,9 +100,11 @@ class DenseCircuit:
         strength: Strength = 1.0,
         attention_mask: Mask = None,
     ) -> Logits:
-        """Return the dense logits with the circuit's nodes (or `nodes`) held at `kind`.
+        """Return the dense logits with the circuit's nodes (or `nodes`) ablated.
 
-        A row padded under `attention_mask` answers as it does alone. Gradients flow to `strength`.
+        `kind` says at which value the nodes are held (`Ablation`). A row that is padded, with an
+        `attention_mask` that says so, gives the same logits as it does alone. Gradients flow to
+        `strength`, the factor on the delta.
         """
         done = Ablation(nodes, kind)
         return self._run(done, ids, site, strength, attention_mask)
@@ -115,9 +119,11 @@ class DenseCircuit:
         mode: Literal["transport", "read"] = "transport",
         attention_mask: Mask = None,
     ) -> Logits:
-        """Return the dense logits with the nodes moved to their counterfactual values.
+        """Return the dense logits with the nodes moved towards their counterfactual values.
 
-        `counterfactual_ids` has the shape and the padding of `ids`; `mode` is that of `Steering`.
+        These are the values that the nodes have in a run of the sparse model on
+        `counterfactual_ids`, which has the shape and the padding of `ids`. At strength 1 the nodes
+        are moved all the way. `mode` is that of `Steering`.
         """
         done = Steering(counterfactual_ids, nodes, mode)
         return self._run(done, ids, site, strength, attention_mask)
@@ -132,7 +138,7 @@ class DenseCircuit:
     ) -> Logits:
         """Return the dense logits with the nodes' values taken from a run on `source_ids`.
 
-        An interchange is a steering of strength 1.
+        An interchange is a steering of strength 1 in mode "transport".
         """
         done = Steering(source_ids, nodes)
         return self._run(done, ids, site, 1.0, attention_mask)
@@ -145,7 +151,10 @@ class DenseCircuit:
         strength: Strength = 1.0,
         attention_mask: Mask = None,
     ) -> list[Edit]:
-        """Return an intervention as edits of the dense residual at the positions of `ids`."""
+        """Return an intervention as edits of the dense residual at the positions of `ids`.
+
+        Steering in mode "read" gives edits at the sites that its nodes read, and ignores `site`.
+        """
         return intervention.edits(self, ids, self._site(site), strength, attention_mask)
 
     @torch.no_grad()
@@ -156,7 +165,11 @@ class DenseCircuit:
         site: int | None = None,
         attention_mask: Mask = None,
     ) -> Delta:
-        """Return what an intervention adds to the dense residual at a site, at strength 1."""
+        """Return what an intervention adds to the dense residual at a site, at strength 1.
+
+        This is the delta of the whole stream, sigma_s D_s dz_t. The mode of a `Steering` makes no
+        difference here: what mode "read" adds instead is in its edits (`edits_of`).
+        """
         return intervention.delta(self, ids, self._site(site), attention_mask)
 
     def live_ablation(
@@ -166,9 +179,10 @@ class DenseCircuit:
         site: int | None = None,
         strength: Strength = 1.0,
     ) -> list[LiveEdit]:
-        """Return edits that do to any tokens what `ablate` does, computed anew at every pass.
+        """Return edits that ablate the nodes on any tokens, computed anew at every pass.
 
-        In a generation the sparse model is run on the prompt and what was generated so far, so the
+        `ablate` computes its delta once, for the prompt it is given. In a generation these edits
+        run the sparse model at every step, on the prompt and what was generated so far, so the
         nodes are held at every position. Each step costs two sparse passes over all positions.
         """
         return Ablation(nodes, kind).live_edits(self, self._site(site), strength)
@@ -179,8 +193,11 @@ class DenseCircuit:
         site: int | None = None,
         strength: Strength = 1.0,
     ) -> list[Edit]:
-        """Return what a change `delta` of the sparse residual bridged to `site` adds there.
+        """Return the edit by which a given change of the sparse residual is added at `site`.
 
+            h_s <- h_s + strength * sigma_s D_s delta
+
+        `delta` is a change at the sparse site that is bridged to `site`, computed in whatever way.
         Gradients flow to `delta` and `strength`.
         """
         check_amount(strength, "strength")
@@ -190,21 +207,25 @@ class DenseCircuit:
 
     @torch.no_grad()
     def edits(self, node: Node) -> list[Edit]:
-        """Return the fixed dense direction one unit of a node's value writes or reads.
+        """Return the edits that add one unit of a node's value, in a fixed dense direction.
 
             write j      sigma D e_j                     at the site after its sublayer
             neuron a     sigma D W_proj[:, a]            at the site after its MLP
             v channel c  sigma D W_o[:, c]               at the site after its attention
             read j       sigma D e_j / gamma_j           at the site its sublayer reads
 
-        (docs/method.md#fixed-directions; before AbsTopK chooses. A read is in units of the
-        normalised stream times its root mean square, and its second edit takes it out of the
-        stream again.) They act at every position, generated ones too. These are sparse sites; where
-        that of a write is not bridged, the edit is at the first bridge after it, to which the
-        stream carries the write. A read needs the very site bridged, since at no other is the
-        change what its sublayer reads; it is taken out where the map puts the sparse site after
-        it. Raises ValueError where there is no such bridge, and for q and k channels: they act
-        through attention scores, in no fixed direction.
+        (docs/method.md#fixed-directions.) The directions hold before AbsTopK, which may drop what
+        they write. A v channel is per unit of attention. A read is in units of the normalised
+        stream times its root mean square. The edits act at every position, generated ones too.
+
+        The sites above are sparse sites, and an edit needs a bridged one. Where the site of a write
+        is not bridged, the edit is at the first bridge after it: the stream carries the write that
+        far. A read needs a bridge at its very site, because at any other site the stream is not
+        what its sublayer reads. A read gives two edits; the second takes the change out of the
+        stream again, at the dense site that corresponds to the next sparse site (`read_at`).
+
+        Raises ValueError where there is no such bridge, and for q and k channels, which have no
+        fixed direction because they act through attention scores.
         """
         self.circuit.with_nodes([node], "checked")  # refuses a node that does not exist
         return node_edits(self.sparse, self.bridges, node)
@@ -212,10 +233,12 @@ class DenseCircuit:
     def choose_site(self, split: str = "validation") -> DenseCircuit:
         """Return this circuit with the site at which steering moves the dense model most.
 
-        Measured on a split of the task: the mean change of logit(counterfactual target) minus
-        logit(own target), in logits, at strength 1. Candidates are the bridged sites whose sparse
-        site comes after a node of the circuit; nodes after it take no part there. The sparse model
-        runs three times, the dense one once for every candidate and once untouched.
+        "Moves" means: the mean change of logit(counterfactual target) minus logit(own target), in
+        logits, at strength 1, on a split of the task. Candidates are the bridged sites whose
+        sparse site comes after at least one node of the circuit. Nodes later than a site cannot
+        change the stream there, so they play no part in its delta. The sparse model runs three
+        times, the dense model once unedited and once for every candidate. Raises ValueError where
+        no bridge comes after a node.
         """
         batch = self.circuit.task.batch(self.tokenizer, split).to(self.dense.device)
         ids, steering = batch.ids, Steering(batch.counterfactual())
@@ -234,7 +257,7 @@ class DenseCircuit:
 
     @property
     def tokenizer(self) -> Any:
-        """The dense model's tokenizer, or the run's where it was opened without one."""
+        """The dense model's tokenizer, or that of the circuit's run if the model has none."""
         if self.dense.tokenizer is not None:
             return self.dense.tokenizer
         from transformers import AutoTokenizer
@@ -255,7 +278,7 @@ class DenseCircuit:
         return run_edited(self.dense, ids, edits, attention_mask)
 
     def _candidates(self, steering: Steering) -> list[int]:
-        """Return the bridged dense sites that a node of the circuit comes before."""
+        """Return the bridged dense sites whose sparse site comes after a node of the circuit."""
         pairs, first = self.bridges.config.pairs, first_moved(steering.chosen(self), self.sparse)
         sites = [s for s, t in pairs.items() if t >= first]
         if not sites:

@@ -1,9 +1,12 @@
-"""Fixed dense directions of sparse nodes, and at which dense sites they belong.
+"""Fixed dense directions of sparse nodes, and the dense sites at which they are added.
 
-A node acts at sparse sites, an edit at a dense one, and only bridged sites have a decoder:
+A node reads from or writes to the sparse stream at some sparse site. An edit is made at a dense
+site, and only bridged sites have a decoder. So the dense site of the edit is chosen like this:
 
     writes   at sparse site t     edited at the first bridge at or after t
     reads    at sparse site t     edited at the bridge of t itself, taken out again after it
+
+sigma D e is the dense direction that a change e of the sparse stream writes (`BridgeSet`).
 """
 
 from __future__ import annotations
@@ -23,7 +26,10 @@ from .stream_change import Chosen, reads_at, writes
 
 
 def node_edits(sparse: SparseGPT, bridges: BridgeSet, node: Node) -> list[Edit]:
-    """Return the edits that one unit of a node's value is; `DenseCircuit.edits` says which."""
+    """Return the edits that add one unit of a node's value to the dense stream.
+
+    `DenseCircuit.edits` lists the direction and the site of every kind of node.
+    """
     location, i = node
     site, gain = reads_at(sparse, location)
     if location.endswith("act_in"):
@@ -38,9 +44,13 @@ def node_edits(sparse: SparseGPT, bridges: BridgeSet, node: Node) -> list[Edit]:
 def read_edits(
     bridges: BridgeSet, site: int, dz: Tensor, strength: float | Tensor, prompt_only: bool = True
 ) -> list[Edit]:
-    """Return edits by which only what answers the sublayer at sparse `site` sees `dz`.
+    """Return two edits that show `dz` to one stretch of the dense model and to nothing else.
 
-    The second takes out of the dense stream what the first put in.
+        h <- h + strength * sigma D dz     at the dense site bridged to sparse `site`
+        h <- h - strength * sigma D dz     at the dense site where that stretch ends
+
+    The stretch is the dense sublayers that correspond to the sparse sublayer after `site`
+    (`read_at`). They see the change; what comes later sees only what they made of it.
     """
     check_amount(strength, "strength")
     into, out = read_at(bridges.config, site)
@@ -52,9 +62,9 @@ def read_edits(
 def written_at(config: BridgeConfig, site: int) -> int:
     """Return the first bridged dense site whose sparse site is `site` or a later one.
 
-    The sparse stream carries a write along, so what was written at `site` is still there at a
-    later bridge, beside what the sublayers between made of it; at an earlier one it is not there
-    yet. Raises ValueError where no bridge is late enough.
+    The sparse stream carries a write along, so what was written at `site` is still in the stream at
+    a later site, together with what the sublayers in between added in response. At an earlier site
+    it is not there yet. Raises ValueError where no bridge is late enough.
     """
     later = [d for d, t in config.pairs.items() if t >= site]
     if not later:
@@ -66,12 +76,18 @@ def written_at(config: BridgeConfig, site: int) -> int:
 
 
 def read_at(config: BridgeConfig, site: int) -> tuple[int, int]:
-    """Return between which dense sites the answer to the sublayer at sparse `site` stands.
+    """Return the first and last dense site of what corresponds to the sublayer at sparse `site`.
 
-    From its bridge to where the map, drawn on linearly between bridges and to the last sites of
-    both models, puts sparse site `site + 1`; at least one dense sublayer. With equal depths and
-    the identity this is sublayer `site` alone. Raises ValueError where `site` is not bridged:
-    no other site is what the sublayer reads.
+        into = the dense site bridged to `site`
+        out  = into + max(1, round((d - into) / (t - site)))     (d, t): the next bridge
+
+    The sparse sublayer leads from `site` to `site + 1`. `out` is where the map of sites, continued
+    linearly from one bridge to the next, puts `site + 1`; after the last bridge it is continued to
+    the last sites of both models. There is always at least one dense sublayer between the two. With
+    equal depths and the identity map it is exactly sublayer `site`.
+
+    Raises ValueError where `site` is not bridged, because at no other site does the stream hold
+    what the sublayer reads, and where it is bridged to the last dense site.
     """
     dense_site = {t: d for d, t in config.pairs.items()}
     if site not in dense_site:
@@ -94,6 +110,6 @@ def read_at(config: BridgeConfig, site: int) -> tuple[int, int]:
 def first_moved(chosen: Chosen, sparse: SparseGPT) -> int:
     """Return the first sparse site at which moving the chosen nodes changes the stream.
 
-    1, after the first sublayer, where no node is chosen.
+    Where no node is chosen it is 1, the site after the first sublayer.
     """
     return min((reads_at(sparse, at)[0] + 1 for at in chosen), default=1)

@@ -1,13 +1,14 @@
-"""What is done to which nodes of the sparse model, and what that adds to the dense stream.
-
-Delta transport, valid for every node and for whole circuits (docs/method.md#delta-transport): run
-the sparse model clean and intervened, and add the decoded difference of its residual streams,
+"""Interventions on nodes of the sparse model, and what they add to the dense stream.
 
     dz_t = z'_t - z_t                                 at every sparse site t
     h_s <- h_s + strength * sigma_s D_s dz_t          at one dense site s, bridged to t
 
-`Ablation` and `Steering` are the two values that say what z' is. The decoder's bias and its
-reconstruction error cancel, so strength 0 is the untouched dense model.
+This is delta transport, which works for every node and for whole circuits
+(docs/method.md#delta-transport): the sparse model is run once as it is, which gives z, and once
+with the intervention, which gives z'. The difference of the two residual streams is decoded and
+added to the dense stream. An intervention is a value that says how z' comes about: an `Ablation` or
+a `Steering`. Only differences are decoded, so the decoder's bias and what it fails to reconstruct
+cancel, and strength 0 is the untouched dense model.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from . import stream_change
 from .directions import read_edits
 
 Nodes = Iterable[Node] | None
-"""Which nodes; None: those of the circuit."""
+"""Which nodes an intervention is done to; None means all nodes of the circuit."""
 Ids = Int[Tensor, "batch pos"]
 Mask = Shaped[Tensor, "batch pos"] | None
 Strength = float | Tensor
@@ -43,7 +44,7 @@ Delta = Float[Tensor, "batch pos d_dense"]
 
 @runtime_checkable
 class Mapped(Protocol):
-    """What an intervention is computed from: a circuit, its model, the bridges, the dense model."""
+    """The four things an intervention is computed from; `DenseCircuit` has them."""
 
     @property
     def circuit(self) -> Circuit: ...
@@ -68,24 +69,28 @@ def bridged(bridges: BridgeSet, site: int | None) -> int:
 
 
 class Intervention(ABC):
-    """Something done to nodes of the sparse model; subclasses say what."""
+    """Something done to nodes of the sparse model; subclasses say what.
+
+    `mapped` is the circuit that it is done to, with both models and the bridges. `ids` are the
+    prompts and `site` is a dense site.
+    """
 
     nodes: Nodes
 
     @abstractmethod
     def check(self, mapped: Mapped, ids: Ids, attention_mask: Mask = None) -> None:
-        """Raise ValueError unless it can be done to these prompts."""
+        """Raise ValueError unless the intervention can be done to these prompts."""
 
     @abstractmethod
     def changes(
         self, mapped: Mapped, ids: Ids, attention_mask: Mask = None
     ) -> list[stream_change.Change]:
-        """Return dz_t at every sparse site t; 0 at padding."""
+        """Return dz_t, the change of the sparse stream, at every sparse site t; 0 at padding."""
 
     def delta(
         self, mapped: Mapped, ids: Ids, site: int | None, attention_mask: Mask = None
     ) -> Delta:
-        """Return what it adds to the dense residual at dense `site`, at strength 1."""
+        """Return sigma_s D_s dz_t, what is added to the dense residual at `site` at strength 1."""
         self.check(mapped, ids, attention_mask)
         site = bridged(mapped.bridges, site)
         changes = self.changes(mapped, ids, attention_mask)
@@ -99,13 +104,13 @@ class Intervention(ABC):
         strength: Strength = 1.0,
         attention_mask: Mask = None,
     ) -> list[Edit]:
-        """Return it as edits of the dense residual at the positions of `ids`."""
+        """Return the intervention as edits of the dense residual at the positions of `ids`."""
         delta, at = self.delta(mapped, ids, site, attention_mask), bridged(mapped.bridges, site)
         check_amount(strength, "strength")
         return [Edit(site=at, direction=delta, amount=strength, prompt_only=True)]
 
     def chosen(self, mapped: Mapped) -> stream_change.Chosen:
-        """Return which nodes it is done to, at the locations that have any."""
+        """Return the nodes it is done to, as masks by location; empty masks are left out."""
         circuit = mapped.circuit
         if self.nodes is not None:
             circuit = circuit.with_nodes(self.nodes, "chosen")
@@ -115,9 +120,10 @@ class Intervention(ABC):
 
 @dataclass(frozen=True)
 class Ablation(Intervention):
-    """The nodes are held at one value at every position.
+    """Hold nodes at one value, the same at every position.
 
-    kind "mean" is the mean over the text the sparse model was trained on, "zero" is 0.
+    `kind` says at which value: "mean" is the node's mean over the text that the sparse model was
+    trained on, "zero" is 0.
     """
 
     nodes: Nodes = None
@@ -135,14 +141,15 @@ class Ablation(Intervention):
     def changes(
         self, mapped: Mapped, ids: Ids, attention_mask: Mask = None
     ) -> list[stream_change.Change]:
-        """Return what holding the nodes changes at every sparse site."""
+        """Return what holding the nodes changes in the sparse stream, at every sparse site."""
         chosen, values = self.chosen(mapped), self.values(mapped)
         return stream_change.ablated(mapped.sparse, ids, chosen, values, attention_mask)
 
     def values(self, mapped: Mapped) -> Mapping[str, Tensor]:
-        """Return the value of every node when it is held, by location.
+        """Return the value at which each node is held, by location.
 
-        The means are the circuit's own, or those of its run folder where it was found with zero.
+        The means are those that the circuit was found with. A circuit found with zero ablation has
+        none; then they are read from its run folder.
         """
         circuit = mapped.circuit
         values: Mapping[str, Tensor] = circuit.ablation
@@ -156,7 +163,10 @@ class Ablation(Intervention):
     def live_edits(
         self, mapped: Mapped, site: int | None, strength: Strength = 1.0
     ) -> list[LiveEdit]:
-        """Return edits that do to any tokens what `edits` does to some, anew at every pass."""
+        """Return edits that compute the delta anew at every pass, from the tokens so far.
+
+        Those of `edits` hold for one set of prompts; these hold for any tokens.
+        """
         check_amount(strength, "strength")
         chosen, values = self.chosen(mapped), self.values(mapped)
         at = bridged(mapped.bridges, site)
@@ -171,11 +181,12 @@ class Ablation(Intervention):
 
 @dataclass(frozen=True, eq=False)
 class Steering(Intervention):
-    """The nodes take the values they have in a run on other prompts of the same shape.
+    """Give nodes the values that they have in a run on other prompts of the same shape.
 
-    mode "transport" carries the change of the stream to one dense site. Mode "read" is the paper's
-    rule for residual read nodes (Gao et al. 2025, Appendix A.4): only the sublayer that reads them
-    sees the change, or the dense ones that answer it (docs/method.md#read-nodes).
+    Mode "transport" decodes the change of the sparse stream at one dense site, from which on the
+    whole dense model sees it. Mode "read" is the paper's rule for residual read nodes (Gao et al.
+    2025, Appendix A.4; docs/method.md#read-nodes): the change is shown only to the dense sublayers
+    that correspond to the sparse sublayer which reads those nodes, and then taken out again.
     """
 
     other_ids: Ids
@@ -188,7 +199,7 @@ class Steering(Intervention):
             raise ValueError(f"mode={self.mode!r} must be 'transport' or 'read'")
 
     def check(self, mapped: Mapped, ids: Ids, attention_mask: Mask = None) -> None:
-        """Raise ValueError unless every position has its counterpart, and the model takes both."""
+        """Raise ValueError unless both prompts have one shape and the dense model takes both."""
         if ids.shape != self.other_ids.shape:
             raise ValueError(
                 f"the counterfactual ids are {tuple(self.other_ids.shape)} and the ids "
@@ -201,7 +212,10 @@ class Steering(Intervention):
     def changes(
         self, mapped: Mapped, ids: Ids, attention_mask: Mask = None
     ) -> list[stream_change.Change]:
-        """Return what replacing the nodes' values changes at every sparse site."""
+        """Return what replacing the nodes' values changes in the sparse stream, at every site.
+
+        This is the change of mode "transport", whatever `mode` is.
+        """
         chosen = self.chosen(mapped)
         return stream_change.replaced(mapped.sparse, ids, self.other_ids, chosen, attention_mask)
 
@@ -213,7 +227,11 @@ class Steering(Intervention):
         strength: Strength = 1.0,
         attention_mask: Mask = None,
     ) -> list[Edit]:
-        """Return it as edits; in mode "read" two for every sublayer read, whatever `site` is."""
+        """Return the steering as edits: one at `site`, or in mode "read" two per sublayer.
+
+        In mode "read" the sites follow from the nodes, so `site` is not used. Raises ValueError if
+        a node is then not a residual read (act_in).
+        """
         if self.mode == "transport":
             return super().edits(mapped, ids, site, strength, attention_mask)
         self.check(mapped, ids, attention_mask)

@@ -21,12 +21,13 @@ def map_circuit(
     *,
     sparse_model: SparseGPT | None = None,
 ) -> DenseCircuit:
-    """Carry a circuit over to a dense model.
+    """Return a circuit of the sparse model as a circuit of the dense model.
 
-    `dense_model` is a DenseModel, a PreTrainedModel, an nnsight model or a name. Bridges and
-    sparse model default to those of the run the circuit was saved with. The site of interventions
-    is chosen on the task's validation split (see `DenseCircuit.choose_site`). Raises ValueError
-    where the parts do not belong together, by fingerprint.
+    The result intervenes on the dense model as the circuit's nodes would. `dense_model` is a
+    DenseModel, a PreTrainedModel, an nnsight model or a name. Bridges and sparse model default to
+    those of the run in which the circuit was found. The site of the interventions is chosen on the
+    task's validation split (`DenseCircuit.choose_site`). Raises ValueError where the fingerprints
+    show that circuit, bridges and models do not belong together.
 
     >>> from bridges import load_run, map_circuit
     >>> run = load_run("tiny")

@@ -2,7 +2,8 @@
 
     dz_s = z'_s - z_s    at every sparse site s: z clean, z' with the nodes held or replaced
 
-One clean and one changed run give every site; a counterfactual costs a third, for its node values.
+Here s is a sparse site. One clean run and one changed run give dz at every site. Replacing nodes by
+their values on other prompts costs a third run, on those prompts.
 """
 
 from __future__ import annotations
@@ -46,9 +47,9 @@ def replaced(
     chosen: Chosen,
     attention_mask: Mask = None,
 ) -> list[Change]:
-    """Return dz at every site when the chosen nodes have their values of a run on `source_ids`.
+    """Return dz at every site when the chosen nodes get their values from a run on `source_ids`.
 
-    Both have one shape and one padding.
+    `ids` and `source_ids` have the same shape and the same padding.
     """
     with recorded(sparse, list(chosen)) as there:
         sparse.residuals(source_ids, attention_mask)
@@ -69,10 +70,13 @@ def read(
     chosen: Chosen,
     attention_mask: Mask = None,
 ) -> dict[int, Change]:
-    """Return, per site, the change of the stream that moves its read nodes, by the paper's rule.
+    """Return, by site, the change of the stream that gives its read nodes their other values.
 
-    dz_s = e_j (rms(z_s) / gamma_j) (n'_j - n_j), per token: the nodes n are what the sublayer
-    after site s reads, and the rms is held (Gao et al. 2025, Appendix A.4;
+        dz_s = e_j (rms(z_s) / gamma_j) (n'_j - n_j)                per token, summed over j
+
+    The chosen nodes j are channels that the sublayer after site s reads. n_j is the value of such a
+    node on `ids` and n'_j that on `source_ids`, both after norm and AbsTopK; gamma_j is the gain of
+    the norm, whose root mean square is taken from the clean run (Gao et al. 2025, Appendix A.4;
     docs/method.md#read-nodes).
     """
     with recorded(sparse, list(chosen)) as there:
@@ -88,7 +92,7 @@ def read(
 
 
 def reads_at(sparse: SparseGPT, location: str) -> tuple[int, Float[Tensor, " d_sparse"]]:
-    """Return the site that the sublayer of a node location reads, and the gains of its norm."""
+    """Return the site that the sublayer of a node's location reads, and the gains of its norm."""
     layer, _, name = location.partition(".")
     block = sparse.model.blocks[int(layer)]
     in_mlp = name.startswith("mlp")
@@ -99,8 +103,9 @@ def reads_at(sparse: SparseGPT, location: str) -> tuple[int, Float[Tensor, " d_s
 def writes(sparse: SparseGPT, location: str, i: int) -> Float[Tensor, " d_sparse"]:
     """Return what one unit of a node's value adds to the stream after its sublayer.
 
-    Before AbsTopK chooses, and for a v channel per unit of attention. Raises ValueError for nodes
-    that write nothing of their own, reads, and for q and k channels, which act through scores.
+    AbsTopK, which may drop some of it, is not taken into account; for a v channel it is what one
+    unit of attention adds. Raises ValueError for reads, which write nothing themselves, and for q
+    and k channels, which act through attention scores.
     """
     layer, _, name = location.partition(".")
     block = sparse.model.blocks[int(layer)]

@@ -1,13 +1,14 @@
-"""How much of each model the bridges carry over, beside bridges that were never trained.
+"""Measure how much of each model the bridges carry over, beside bridges that were never trained.
 
     encoder FVU  sum |encode(h) - z|^2 / sum |z - mean z|^2     fraction, 1 as bad as the mean
     decoder FVU  sum |decode(z) - h|^2 / sum |h - mean h|^2
     up           KL(dense || sparse resumed from encode(h))     nats per token
     down         KL(dense || dense resumed from decode(z))
 
-Site s of a row is the dense site of a bridge: h is the dense residual there, z the sparse one at
-the sparse site it is bridged to, and the two models are resumed at these (`BridgeConfig`).
-Sums run over every position of the blocks; means over the blocks, the independent unit.
+A report's "site s" is the dense site of a bridge. h is the dense residual there and z the sparse
+residual at the sparse site that s is bridged to (`BridgeConfig`); a hybrid resumes the other model
+at its site of the bridge. A block is a stretch of held-out text. Sums run over all positions of a
+block; blocks are the independent unit of means and errors.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ UNIGRAM = "unigram frequencies of the same text"
 
 
 class Moments(NamedTuple):
-    """Of the residuals of every block: what their spread about any mean is made of."""
+    """Sums of the residuals of every block, from which their spread about any mean follows."""
 
     square: Float[Tensor, " batch"]
     """sum over positions of |x|^2"""
@@ -42,13 +43,16 @@ class Moments(NamedTuple):
         return cls(x.square().sum((1, 2)).cpu(), x.sum(1).cpu())
 
     def about_the_mean(self, n_pos: int) -> Float[Tensor, " batch"]:
-        """Return per block sum |x - mean|^2, the mean being over all blocks."""
+        """Return, for every block, sum |x - mean|^2, where the mean is that of all blocks."""
         mean = self.total.sum(0) / (n_pos * len(self.total))
         return self.square - 2 * self.total @ mean + n_pos * mean.square().sum()
 
 
 class SiteSums(NamedTuple):
-    """What one bridged site gives, per block; the trained bridges lead, then the untrained."""
+    """What is measured at one bridged site, per block, for every set of bridges.
+
+    The first set is the trained bridges; the others are untrained.
+    """
 
     encoder_error: Float[Tensor, "set batch"]
     """sum over positions of |encode(h) - z|^2"""
@@ -59,17 +63,23 @@ class SiteSums(NamedTuple):
     down: Float[Tensor, "set batch"]
     """Mean KL of the hybrids sparse to dense, nats per token."""
     up_ce: Float[Tensor, "set batch"]
-    """Their cross entropies, nats per token."""
+    """Cross entropy of the hybrids dense to sparse, nats per token."""
     down_ce: Float[Tensor, "set batch"]
+    """Cross entropy of the hybrids sparse to dense, nats per token."""
 
 
 class ModelMeans(NamedTuple):
-    """What both models and the unigram frequencies are worth, per block, nats per token."""
+    """Cross entropies and KLs of both models and of unigram frequencies, per block, nats per token.
+
+    The unigram frequencies predict every token by how often it occurs in all blocks.
+    """
 
     dense: Float[Tensor, " batch"]
-    """Cross entropy."""
+    """Cross entropy of the dense model."""
     sparse: Float[Tensor, " batch"]
+    """Cross entropy of the sparse model."""
     unigram: Float[Tensor, " batch"]
+    """Cross entropy of the unigram frequencies."""
     kl: Float[Tensor, " batch"]
     """KL(dense || sparse)"""
     kl_unigram: Float[Tensor, " batch"]
@@ -77,14 +87,17 @@ class ModelMeans(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """Everything the rows are made of, on some blocks."""
+    """Everything that the rows of the report are computed from, on some blocks.
+
+    The dicts are by the dense site of the bridge.
+    """
 
     models: ModelMeans
     sites: dict[int, SiteSums]
-    """By the dense site of the bridge."""
     h: dict[int, Moments]
+    """Sums of the dense residual at that site."""
     z: dict[int, Moments]
-    """Of the sparse residual that the bridge's dense site stands for."""
+    """Sums of the sparse residual at the sparse site that it is bridged to."""
 
 
 @torch.no_grad()
@@ -97,13 +110,14 @@ def evaluate_bridge(
     seed: int = 0,
     progress: bool = False,
 ) -> list[Score]:
-    """Score the bridges of `run` (dense, sparse, bridges) on held-out blocks of text.
+    """Return the scores of the bridges of `run` (dense, sparse, bridges) on held-out blocks.
 
-    Per bridged site the four measures above, each beside `draws` untrained bridges of the same
-    config, centring and scale; then both models' cross entropy, KL(dense || sparse) and the loss
-    the hybrids recover, beside the unigram frequencies of the same text. Where the dense model is
-    no better than these, there is no loss to recover and those rows are left out. Raises ValueError
-    for fewer than two blocks.
+    For every bridged site there are the four measures at the top of this file. Their control is
+    `draws` sets of untrained bridges of the same config, centring and scale. Then come both models'
+    cross entropy, KL(dense || sparse) and the share of the loss that the hybrids recover. Their
+    control is the unigram frequencies of the same text. Where the dense model is no better than
+    these there is no loss to recover, and those rows are left out. Raises ValueError for fewer than
+    two blocks.
 
     >>> from bridges import load_run
     >>> from evals import evaluate_bridge
@@ -128,14 +142,14 @@ def evaluate_bridge(
 
 
 def untrained(bridges: BridgeSet, seed: int) -> BridgeSet:
-    """Return bridges of the same config, centring and scale (the buffers) with fresh weights."""
+    """Return bridges with fresh random weights and the same config, centring and scale."""
     fresh = BridgeSet(bridges.config, seed=seed)
     fresh.load_state_dict(dict(bridges.named_buffers()), strict=False)
     return fresh.to(bridges.mean.device).eval()
 
 
 def _measure(run: Any, sets: list[BridgeSet], ids: Tensor, unigram: Tensor) -> Measured:
-    """Return, per block of `ids`, every sum and mean the rows need."""
+    """Return every sum and mean that the rows need, per block of `ids`."""
     h, z = run.dense.residuals(ids), run.sparse.residuals(ids)
     y, own = run.dense.unembed(h[-1], ids), run.sparse.unembed(z[-1], ids)
     flat = unigram.to(y.device).expand_as(y)
@@ -156,7 +170,7 @@ def _measure(run: Any, sets: list[BridgeSet], ids: Tensor, unigram: Tensor) -> M
 
 
 def _of_all_sets(each: list[tuple[Tensor, ...]]) -> SiteSums:
-    """Return what every set of bridges gave at one site, the sets along the first axis."""
+    """Return what all sets of bridges gave at one site, stacked along a first axis."""
     return SiteSums(*(_kept(torch.stack(values)) for values in zip(*each, strict=True)))
 
 
@@ -167,9 +181,9 @@ def _kept(x: Tensor) -> Tensor:
 def _crossed(
     run: Any, bridges: BridgeSet, h: list[Tensor], z: list[Tensor], y: Tensor, ids: Tensor
 ) -> dict[int, tuple[Tensor, ...]]:
-    """Return, per site and block, what crossing the bridges of one set costs: `SiteSums` of a set.
+    """Return the fields of `SiteSums`, by site, for one set of bridges.
 
-    One joined pass through either model serves all sites.
+    One joined pass through each model serves all sites.
     """
     pairs, out = bridges.config.pairs, {}
     up = {s: bridges.encode(s, h[s]) for s in pairs}
@@ -193,7 +207,10 @@ def _crossed(
 
 
 def _joined(parts: list[Measured]) -> Measured:
-    """Return the measurements of all blocks as one; blocks are the last axis, but of moments."""
+    """Return the measurements of several batches of blocks as one, concatenated over blocks.
+
+    The axis of blocks is the last one, in `Moments` the first.
+    """
     sites = list(parts[0].sites)
 
     def moments(of: list[dict[int, Moments]]) -> dict[int, Moments]:
@@ -214,7 +231,10 @@ def _joined(parts: list[Measured]) -> Measured:
 
 
 def _site_rows(data: Measured, s: int, n_pos: int, seed: int) -> list[Score]:
-    """Score one bridge: two fractions of variance, weighted by it, and two KLs."""
+    """Return the four scores of one bridge: two FVUs and two KLs.
+
+    The FVU of all blocks is the mean of the blocks' own FVUs, weighted by their variance.
+    """
     site = data.sites[s]
     of_z, of_h = data.z[s].about_the_mean(n_pos), data.h[s].about_the_mean(n_pos)
 
@@ -241,7 +261,12 @@ def _site_rows(data: Measured, s: int, n_pos: int, seed: int) -> list[Score]:
 
 
 def _model_rows(data: Measured, seed: int) -> list[Score]:
-    """Score both models and, where there is a loss to recover, the hybrids' share of it."""
+    """Return the scores of both models, and the share of the loss that the hybrids recover.
+
+        (CE_unigram - CE_hybrid) / (CE_unigram - CE_dense)      mean over sites, each direction
+
+    Where the dense model is no better than unigrams the last two are left out.
+    """
     m = data.models
 
     def row(key: str, name: str, values: Tensor, control: Tensor, **more: Any) -> Score:
@@ -254,7 +279,7 @@ def _model_rows(data: Measured, seed: int) -> list[Score]:
         row("kl", "KL(dense || sparse)", m.kl, m.kl_unigram),
     ]
     if (m.unigram - m.dense).sum() <= 0:
-        return rows  # nothing between the two to recover, and no fraction of it
+        return rows  # the dense model is no better than unigrams, so there is no loss to recover
     room = (m.unigram - m.dense).clamp(min=1e-6)
     ways = {
         "up": ("dense to sparse", {s: site.up_ce[0] for s, site in data.sites.items()}),
@@ -272,5 +297,8 @@ def _model_rows(data: Measured, seed: int) -> list[Score]:
 
 
 def _unigram(blocks: Int[Tensor, "batch pos"], vocab_size: int) -> Float[Tensor, " vocab"]:
-    """Log frequencies of the tokens of the blocks, each counted once more than it occurs."""
+    """Return logits that predict every token by how often it occurs in the blocks.
+
+    They are the logarithms of the counts; each token is counted once more than it occurs.
+    """
     return (blocks.flatten().cpu().bincount(minlength=vocab_size) + 1).double().log().float()

@@ -1,10 +1,11 @@
-"""What a circuit is worth in the sparse model, on held-out pairs, beside circuits drawn at random.
+"""Measure a circuit in the sparse model, on held-out pairs, beside circuits drawn at random.
 
     sufficiency  task loss when everything outside the circuit is ablated       nats, lower
     necessity    task loss when the circuit alone is ablated                    nats, higher
     fidelity     KL(full || circuit) at the scored position, whole vocabulary   nats, lower
 
-Every mean is over pairs, the independent unit; both contexts of a pair count half.
+Ablated nodes are held at a fixed value, their mean over training text or zero. Every mean is over
+pairs, the independent unit; the value of a pair is the mean over its two contexts.
 """
 
 from __future__ import annotations
@@ -38,23 +39,23 @@ Measure = Callable[[Circuit], Tensor]
 
 
 class _Split:
-    """One split of the circuit's task in the sparse model, and what any circuit does there."""
+    """One split of the circuit's task in the sparse model; measures any circuit on it."""
 
     def __init__(self, model: SparseGPT, circuit: Circuit, batch: TaskBatch) -> None:
         self.model, self.circuit, self.batch = model, circuit, batch
         self.full = last_logits(model, batch)
 
     def sufficient(self, c: Circuit, ablation: Masks) -> Float[Tensor, " pair"]:
-        """Task loss in nats with everything outside `c` ablated."""
+        """Return the task loss, in nats, with everything outside `c` ablated."""
         return per_pair(task_nats(self._logits(c.masks(), ablation), self.batch))
 
     def necessary(self, c: Circuit) -> Float[Tensor, " pair"]:
-        """Task loss in nats with `c` alone ablated."""
+        """Return the task loss, in nats, with the nodes of `c` ablated and no others."""
         rest = {at: ~mask for at, mask in c.masks().items()}
         return per_pair(task_nats(self._logits(rest, self.circuit.ablation), self.batch))
 
     def fidelity(self, c: Circuit) -> Float[Tensor, " pair"]:
-        """KL(full || c) in nats at the scored position, over the whole vocabulary."""
+        """Return KL(full || c) in nats at the scored position, over the whole vocabulary."""
         return per_pair(kl_nats(self.full, self._logits(c.masks(), self.circuit.ablation)))
 
     def detail(self) -> dict[str, Any]:
@@ -89,13 +90,18 @@ def evaluate_circuit(
     seed: int = 0,
     progress: bool = False,
 ) -> list[Score]:
-    """Score `circuit` on a split of its task, beside `draws` random circuits of equal size.
+    """Return the scores of `circuit` on a split of its task, beside random circuits of equal size.
 
-    `nonsense` is what `prune` found for the nonsense twin of the task, the control of the size;
-    `equal_size` its circuit of as many nodes (`nonsense_at_size`; one row if both are of one size):
-    a low loss there too means the method is over-expressive. `means` serve a second row where the
-    ablation is zero (default: its source folder's, or no row). Raises ValueError for a circuit of
-    another model.
+    There are `draws` random circuits. The nonsense twin of a task has the same prompts with
+    unrelated targets; if pruning finds a good circuit for it too, the method is too expressive and
+    the circuit says little. `nonsense` is the circuit that `prune` found for it, the control of the
+    size. `equal_size` is a circuit for it of this circuit's size (`nonsense_at_size`), the control
+    of the loss. Where both have the same number of nodes they share one row.
+
+    A circuit is scored under its own kind of ablation and, where possible, under the other kind
+    too. For a circuit found with zero ablation the other kind needs `means`; by default they are
+    read from the folder of the sparse model, and without them the row is left out. Raises
+    ValueError for a circuit of another model.
 
     >>> from bridges import load_run
     >>> from evals import evaluate_circuit
@@ -145,7 +151,10 @@ def _twins(
     batch: TaskBatch,
     seed: int,
 ) -> list[Score]:
-    """Score the circuit beside its nonsense twin's; one row where both are of one size."""
+    """Return the scores of the circuit's loss beside that of its nonsense twin's circuits.
+
+    It is one row where `nonsense` and `equal_size` have the same number of nodes.
+    """
     twins: dict[str, Circuit] = {}
     if equal_size is not None:
         twins["nonsense.equal_size"] = equal_size
@@ -157,11 +166,13 @@ def _twins(
 def nonsense_at_size(
     model: SparseGPT, circuit: Circuit, tokenizer: Any, nonsense: Circuit | None = None
 ) -> Circuit:
-    """Return the nonsense twin's best nodes at this circuit's size, its masks learned alike.
+    """Return the nonsense twin's circuit of this circuit's size.
 
-    As many as the circuit had before its clean-up, so the twin has at least as many nodes. The
-    ranking is that of `nonsense`, what `prune` found for the twin, if its masks were learned alike;
-    otherwise it is learned here.
+    Its nodes are the first of the ranking that learning the masks on the nonsense task gives, with
+    the settings with which this circuit was found. They are as many as this circuit had before its
+    clean-up, so the twin never has fewer nodes than the circuit. `nonsense` is what `prune` found
+    for the twin; if it was found with the same settings its ranking is used, otherwise one is
+    learned here.
     """
     config, twin = _config(circuit), circuit.task.nonsense()
     k = max(len(circuit), circuit.config.get("k_before_clean_up", 0))
@@ -182,7 +193,7 @@ def _config(circuit: Circuit) -> PruneConfig:
 
 
 def _ablations(circuit: Circuit, means: Masks | None) -> dict[str, Masks]:
-    """Return the values the circuit was found with, then those of the other kind if known."""
+    """Return the ablation values by kind: the circuit's own, then the other kind's if known."""
     own: dict[str, Masks] = {circuit.ablation_kind: circuit.ablation}
     if circuit.ablation_kind == "mean":
         return own | {"zero": {at: torch.zeros_like(x) for at, x in circuit.ablation.items()}}
@@ -194,7 +205,11 @@ def _ablations(circuit: Circuit, means: Masks | None) -> dict[str, Masks]:
 def _sizes(
     model: SparseGPT, circuit: Circuit, drawn: list[Circuit], nonsense: Circuit | None
 ) -> list[Score]:
-    """Score the two sizes: nodes beside the nonsense twin's, edges beside random circuits'."""
+    """Return the scores of the circuit's two sizes, its numbers of nodes and of edges.
+
+    The control of the nodes is the nonsense twin's circuit, or the whole model where there is none;
+    that of the edges is random circuits.
+    """
     whole = {"of the whole model": circuit.n_total}
     if nonsense is None:
         draws, name = (circuit.n_total,), "the whole model"
@@ -232,9 +247,9 @@ def _nonsense(
     seed: int,
     key: str,
 ) -> Score:
-    """Score the circuit's loss beside the loss its nonsense twin reaches on the nonsense task.
+    """Return the score of the circuit's loss beside the nonsense twin's on the nonsense task.
 
-    On the pairs that the tokenizer leaves in both tasks.
+    Only pairs that the tokenizer leaves in both tasks are used, so that the contexts are the same.
     """
     twin.check(model)
     other = twin.task.batch(tokenizer, batch.split).to(batch.ids.device)

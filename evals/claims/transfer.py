@@ -1,4 +1,4 @@
-"""Does a sparse circuit move the dense model, and more than chance would?
+"""Test whether a sparse circuit moves the dense model, and whether it does so more than chance.
 
     delta        what the circuit's intervention adds to the dense stream at one site
     steer        P(target of the other context), two-token softmax, at h + strength * delta
@@ -6,8 +6,9 @@
     directions   at every token, a direction drawn at random of the length of delta there
     rotations    delta turned by one random rotation: same lengths, same structure, other directions
 
-Both are equal in size to the claim and empty of content; the second is the harder to beat. Means
-are over pairs.
+The first three lines say what is measured. The last two are controls: changes of the same size
+that know nothing of the circuit. Rotations are the harder ones to beat, because they keep how delta
+at one token relates to delta at another. Means are over pairs, the independent unit.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ SHORT = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Transfer:
-    """The rows and the effect curves of one circuit in one dense model."""
+    """The scores and the effect curves of one circuit in one dense model."""
 
     scores: list[Score]
     curves: tuple[Curve, ...]
@@ -54,10 +55,10 @@ class Transfer:
 def evaluate_transfer(
     dense_circuit: Any, task: Task | None = None, tokenizer: Any = None, **options: Any
 ) -> list[Score]:
-    """Score a mapped circuit in its dense model.
+    """Return the scores of a mapped circuit in its dense model.
 
-    `options` are those of `measure_transfer`: draws=100 of directions and rotations, circuit_draws,
-    node_draws, strengths, max_pairs, seed, progress.
+    `options` are those of `measure_transfer`: draws (100 directions and as many rotations by
+    default), circuit_draws, node_draws, curve_draws, strengths, max_pairs, seed, progress.
 
     >>> from bridges import load_run, map_circuit
     >>> from evals import evaluate_transfer
@@ -85,15 +86,19 @@ def measure_transfer(
     seed: int = 0,
     progress: bool = False,
 ) -> Transfer:
-    """Score steering and ablation on the test split, and return the effect curves beside them.
+    """Return the scores of steering and ablation on the test split, and the effect curves.
 
-    Rows of steering are at strength 1 and, when it is another, at the strength that moved the
-    validation split most. Each is beside `draws` random directions of equal per-token norm, as
-    many rotations, and `circuit_draws` random circuits of equal size; the full activation patch is
-    in the detail. At strengths without a row the curve has `curve_draws` of the first two. At most
-    `max_pairs` pairs of a split are used, the first ones. Task and tokenizer default to the
-    circuit's own. Raises ValueError where the fast engine (the delta added, the
-    model resumed) and `dense_circuit.steer` disagree.
+    Steering has rows at strength 1 and at the strength that moved the validation split most, if
+    that is another one. The controls of each row are `draws` random directions of equal norm at
+    every token, `draws` rotations of the delta, and `circuit_draws` random circuits of equal size.
+    The detail of a row has the effect of the full activation patch, which adds the true difference
+    between the dense residuals of the two prompts. The controls of ablation are `node_draws` random
+    sets of other nodes, directions and rotations. The curve shows P against `strengths`, with at
+    most `curve_draws` draws of each control.
+
+    At most `max_pairs` pairs of a split are used, the first ones. Task and tokenizer default to
+    the circuit's own. The deltas are added by resuming the dense model at the site, which is fast;
+    raises ValueError where that and `dense_circuit.steer` give different logits.
     """
     job: Task = dense_circuit.circuit.task if task is None else task
     tokenizer = tokenizer or dense_circuit.tokenizer
@@ -118,7 +123,7 @@ def measure_transfer(
 def _best_strength(
     dense_circuit: Any, task: Task, tokenizer: Any, strengths: Sequence[int | float], max_pairs: int
 ) -> float:
-    """Return the strength that moves the validation split most, 1 when there is no such split."""
+    """Return the strength that moves the validation split most, or 1 without such a split."""
     if not task.validation:
         return 1.0
     trial = Trial(dense_circuit, task, tokenizer, "validation", max_pairs)
@@ -129,12 +134,12 @@ def _best_strength(
 
 
 class _Answers(NamedTuple):
-    """What some deltas do, per pair: one row for the claim, one per draw for a control."""
+    """What adding each draw of a control to the stream does, per pair."""
 
     moved: Float[Tensor, "draws pair"]
-    """P of the other target."""
+    """P(target of the other context), as `Trial.moved`."""
     margin: Float[Tensor, "draws pair"]
-    """Its logit margin."""
+    """Logit of that target minus logit of the own one, as `Trial.margin`."""
 
 
 def _steer_rows(
@@ -145,7 +150,10 @@ def _steer_rows(
     seed: int,
     tick: Callable[[], object],
 ) -> tuple[list[Score], Curve]:
-    """Score steering at strength 1 and `chosen`; draw the curve over all strengths."""
+    """Return the scores of steering at strengths 1 and `chosen`, and the curve over all strengths.
+
+    `draws_at` has the number of draws of directions and rotations for every strength.
+    """
     untouched, patch = trial.logits(0 * trial.delta), trial.logits(trial.true)
     others = [trial.steered_by(circuit) for circuit in trial.circuits(circuit_draws, seed)]
     detail = {
@@ -187,7 +195,10 @@ def _at_strength(
     detail: dict[str, Any],
     seed: int,
 ) -> list[Score]:
-    """Score steering at one strength beside every control, in probability; once in logits."""
+    """Return the scores of steering at one strength beside every control, in probability.
+
+    The control of random directions also gets a row in logits.
+    """
     given: dict[str, Any] = {"better": "higher", "detail": detail, "seed": seed}
     rows = []
     for name, drawn in controls.items():
@@ -217,7 +228,7 @@ def _at_strength(
 
 
 def _answers(trial: Trial, deltas: Iterator[Tensor], tick: Callable[[], object]) -> _Answers:
-    """Return what every delta does."""
+    """Return what adding each of `deltas` does."""
     moved, margin = [], []
     for y in trial.many(deltas):
         moved.append(trial.moved(y))
@@ -233,7 +244,7 @@ def _curve(
     untouched: Tensor,
     patch: Tensor,
 ) -> Curve:
-    """Return P against strength; at strength 0 every line is the untouched model."""
+    """Return the curve of P against strength; at strength 0 every line is the untouched model."""
     zero = float(trial.moved(untouched).mean())
     drawn = {name: torch.stack(parts, dim=-1).tolist() for name, parts in lines.items()}
     own = drawn.pop("circuit")[0]
@@ -251,7 +262,11 @@ def _curve(
 
 
 def _shape_rows(trial: Trial, draws: int, circuit_draws: int, seed: int) -> list[Score]:
-    """Score the direction and the length of delta against the true dense difference."""
+    """Return the scores of the direction and the length of delta.
+
+    The true dense difference is the dense residual on the other prompt minus that on the own one.
+    One row is the cosine of delta with it, the other the ratio of their norms.
+    """
     real = trial.batch.real[..., None]
     true = trial.true * real
 
@@ -293,7 +308,7 @@ def _shape_rows(trial: Trial, draws: int, circuit_draws: int, seed: int) -> list
 def _ablation_rows(
     trial: Trial, draws: int, node_draws: int, seed: int, tick: Callable[[], object]
 ) -> list[Score]:
-    """Score how much ablating the circuit's nodes hurts the dense model."""
+    """Return the scores of how much ablating the circuit's nodes hurts the dense model."""
     delta = trial.mapped.delta(Ablation(), trial.ids)
     own = trial.nats(trial.logits(delta))
     nodes = (

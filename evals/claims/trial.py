@@ -1,9 +1,10 @@
-"""One split of a task in the dense model, stopped at a site so that many deltas share one start.
+"""One split of a task in the dense model, ready to be resumed with many deltas at one site.
 
     logits(delta) = resume(site, h + delta, ids)        at the scored positions
 
-Restarting at a site is exact, so this is what an edit through nnsight gives; `Trial.check` proves
-it on the model in hand before any control is drawn this way.
+The dense model is run up to the site once; every delta then needs only the rest of the model. The
+result is what an edit through nnsight gives, because resuming at a site is exact; `Trial.check`
+shows this on the model in hand before any control is measured this way.
 """
 
 from __future__ import annotations
@@ -22,13 +23,17 @@ from sparse.tasks.batch import TaskBatch, logit_difference, task_nats
 from sparse.tasks.task import Task
 
 LOGITS_AT_ONCE = 2**26
-"""Entries of the logits of one forward; it sets how many draws share it."""
+"""Largest number of logits in one forward; it decides how many deltas are run together."""
 TOLERANCE = 1e-3
-"""Largest difference in logits between `DenseCircuit.steer` and resuming at its site."""
+"""Largest difference in logits allowed between `DenseCircuit.steer` and resuming at its site."""
 
 
 class Trial:
-    """One split of a task in the dense model, stopped at the site of the intervention."""
+    """One split of a task in the dense model, run up to the site of the intervention.
+
+    `h` is the dense residual there, `true` its difference from that on the counterfactual prompts,
+    and `delta` what steering with the circuit adds.
+    """
 
     def __init__(
         self, dense_circuit: Any, task: Task, tokenizer: Any, split: str, max_pairs: int
@@ -53,7 +58,7 @@ class Trial:
         return next(self.many([delta]))
 
     def many(self, deltas: Sequence[Tensor] | Iterator[Tensor]) -> Iterator[Tensor]:
-        """Yield `logits` for every delta, as many in one forward as memory allows."""
+        """Yield `logits` for every delta, several deltas in one forward (LOGITS_AT_ONCE)."""
         n, pos = self.ids.shape
         together = max(1, LOGITS_AT_ONCE // (n * pos * self.dense.vocab_size))
         waiting: list[Tensor] = []
@@ -71,24 +76,27 @@ class Trial:
         return [self.batch.scored(part) for part in out.chunk(len(deltas))]
 
     def moved(self, logits: Tensor) -> Float[Tensor, " pair"]:
-        """P of the target of the other context, in the two-token softmax."""
+        """Return P(target of the other context), in the softmax over the pair's two targets."""
         return per_pair(torch.sigmoid(-logit_difference(logits, self.batch)))
 
     def margin(self, logits: Tensor) -> Float[Tensor, " pair"]:
-        """Logit of that target minus logit of the presented context's own."""
+        """Return the logit of the other context's target minus that of the own target."""
         return per_pair(-logit_difference(logits, self.batch))
 
     def nats(self, logits: Tensor) -> Float[Tensor, " pair"]:
-        """Task loss."""
+        """Return the task loss, in nats."""
         return per_pair(task_nats(logits, self.batch))
 
     def circuits(self, draws: int, seed: int, outside: bool = False) -> Iterator[Circuit]:
-        """Yield random circuits of the size of this one."""
+        """Yield random circuits with as many nodes at each location as this one.
+
+        With `outside` they are drawn from the other nodes where these suffice.
+        """
         own, sparse = self.mapped.circuit, self.mapped.sparse
         return (own.random(sparse, seed + i, outside=outside) for i in range(draws))
 
     def check(self) -> None:
-        """Raise unless resuming at the site gives what the public, nnsight path gives."""
+        """Raise ValueError unless resuming at the site gives what `DenseCircuit.steer` gives."""
         public = self.batch.scored(self.mapped.steer(self.ids, self.counterfactual))
         if (gap := float((public - self.logits(self.delta)).abs().max())) > TOLERANCE:
             raise ValueError(

@@ -8,7 +8,7 @@ COLUMNS = ("measurement", "value", "control", "difference ± s.e.", "n", "verdic
 
 
 def number(x: int | float) -> str:
-    """Return `x` with three significant digits, and all digits of a count."""
+    """Return `x` as text with three significant digits; whole numbers keep all their digits."""
     if x == int(x) and abs(x) < 1e6:
         return f"{x:.0f}"
     return f"{x:.2e}" if not 1e-3 <= abs(x) < 1e5 else f"{x:.3g}" if abs(x) < 100 else f"{x:.0f}"

@@ -1,6 +1,6 @@
-"""Where things go on the page: charts and circuit graphs as plain numbers, drawn by page.html.
+"""Compute the charts of the page as plain numbers, which the template page.html draws.
 
-Nothing here makes markup; the template escapes every text it is given.
+Nothing here makes markup; the template escapes every text that it is given.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Scale:
         return round(self.start + (x - low) / (high - low) * (self.end - self.start), 1)
 
     def ticks(self) -> list[tuple[float, str]]:
-        """Return about four round places with their labels."""
+        """Return about four round numbers on the axis, as (pixel, label)."""
         if self.log:
             first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
             steps = (1,) if last - first > 3 else (1, 2, 5)
@@ -76,7 +76,7 @@ def _frame(x: Scale, y: Scale, x_label: str) -> dict[str, Any]:
 
 
 def _spread(labels: list[dict[str, Any]], gap: float = 11.0) -> None:
-    """Move labels apart vertically, keeping their order."""
+    """Move labels apart vertically, in place, keeping their order."""
     labels.sort(key=lambda label: label["y"])
     for above, below in zip(labels, labels[1:], strict=False):
         below["y"] = max(below["y"], above["y"] + gap)
@@ -86,7 +86,11 @@ def _spread(labels: list[dict[str, Any]], gap: float = 11.0) -> None:
 
 
 def effect_chart(curve: Curve) -> dict[str, Any]:
-    """Return an effect curve with, per control, the band of all draws and of their middle 90 %."""
+    """Return the chart of an effect curve.
+
+    Every control has two bands, that of all its draws and that of their middle 90 %, and the line
+    of their mean.
+    """
     lines = [curve.value, *curve.references.values()]
     lines += [draw for draws in curve.controls.values() for draw in draws]
     x = Scale(range(len(curve.x)), LEFT, WIDTH - RIGHT)  # strengths double: evenly spaced
@@ -137,7 +141,10 @@ def _band(ends: Points, x: Scale, y: Scale) -> str:
 
 
 def training_charts(log: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return one chart per prefix of the log's numeric keys, logarithmic where values span much."""
+    """Return the charts of a training log: one for each prefix of its numeric keys ("val/...").
+
+    The axis is logarithmic where all values are above 0 and span more than a factor of 20.
+    """
     series: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for line in log:
         for key, value in line.items():
@@ -170,7 +177,7 @@ def _line_chart(name: str, lines: Mapping[str, Points]) -> dict[str, Any]:
 
 
 def strip(row: Score) -> dict[str, Any]:
-    """Return the value as a dot among the ticks of its control's draws."""
+    """Return the chart of one row: its value as a dot among its control's draws as ticks."""
     x = Scale([*row.draws, row.value], 5, STRIP - 5)
     shown = sorted(row.draws)[:: max(1, row.n_draws // 100)]
     return {"width": STRIP, "draws": [x(draw) for draw in shown], "value": x(row.value)}

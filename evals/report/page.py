@@ -1,6 +1,6 @@
 """The report as one HTML file: no network, no server, opens from a disk or a mail.
 
-Everything is inlined and escaped; the charts are SVG, the script is a page of plain JavaScript.
+Everything is inlined and escaped. The charts are SVG, and the script is a little plain JavaScript.
 """
 
 from __future__ import annotations
@@ -53,11 +53,14 @@ TELLING = (
     "bridge.recovered",
     "bridge.kl",
 )
-"""Beginnings of the keys of the rows that the summary shows."""
+"""The rows that the summary shows, by how their keys begin."""
 
 
 def page(report: Report, log: Sequence[Mapping[str, Any]] = ()) -> str:
-    """Return the report, with the curves of the training log, as one self-contained HTML page."""
+    """Return the report, with the curves of the training log, as one self-contained HTML page.
+
+    A page of more than LIMIT bytes is made anew without the circuit graphs.
+    """
     text = _render(report, log, [graph_layout(graph) for graph in report.graphs])
     if len(text.encode()) > LIMIT:
         text = _render(report, log, [])
@@ -65,7 +68,7 @@ def page(report: Report, log: Sequence[Mapping[str, Any]] = ()) -> str:
 
 
 def save_page(report: Report, path: str | Path, log: Sequence[Mapping[str, Any]] = ()) -> Path:
-    """Write the page to `path`, whole or not at all."""
+    """Write the page to `path`, whole or not at all, and return the path."""
     path = Path(path)
     return write_all(path.parent, {path.name: page(report, log)})[0]
 
@@ -95,7 +98,7 @@ def _render(report: Report, log: Sequence[Mapping[str, Any]], graphs: list[dict[
 
 
 STATES: dict[Outcome, str] = {"beats": "good", "worse": "bad", "indistinguishable": "open"}
-"""How the page marks an outcome."""
+"""How the page marks each outcome."""
 
 
 def _row(row: Score) -> dict[str, Any]:
@@ -136,7 +139,7 @@ def _facts(report: Report) -> list[tuple[str, str]]:
 
 
 def _summary(report: Report) -> list[dict[str, Any]]:
-    """Return, per section, how its rows came out, and the row that says most."""
+    """Return, for every section, how many rows had each outcome, and the rows that say most."""
     lines = []
     for heading, rows in report.sections.items():
         counts = {word: sum(row.outcome == o for row in rows) for o, word in STATES.items()}
@@ -145,5 +148,5 @@ def _summary(report: Report) -> list[dict[str, Any]]:
 
 
 def _telling(rows: Sequence[Score]) -> list[dict[str, Any]]:
-    """Return the rows a claim stands or falls with."""
+    """Return the rows with which a claim stands or falls (TELLING)."""
     return [_row(row) for row in rows if row.key.startswith(TELLING)]

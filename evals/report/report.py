@@ -1,4 +1,7 @@
-"""The report of a run: rows of Score in sections, what they came from, and how to compare two."""
+"""The report of a run: scores in sections, where they came from, and a way to compare two reports.
+
+A row of a report is one `Score`: a number beside its control.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,8 @@ from .cells import COLUMNS, cells, number
 
 SCHEMA_VERSION = 2
 READS = (1, SCHEMA_VERSION)
-"""Schema 1 is schema 2 without the keys and outcomes of scores; they are made on reading."""
+"""Versions of report.json that can be read. Scores of schema 1 have no key and no outcome; both are
+made when such a file is read (schema_1.py)."""
 
 CAVEAT = (
     "A circuit that passes these tests is sufficient and necessary under the ablations named here; "
@@ -63,7 +67,7 @@ class Report:
         return sum(len(rows) for rows in self.sections.values())
 
     def to_json(self) -> str:
-        """Return the whole report as JSON; `from_json` is its inverse."""
+        """Return the whole report as JSON; `from_json` reads it back."""
         values = {
             "schema_version": SCHEMA_VERSION,
             "title": self.title,
@@ -77,7 +81,11 @@ class Report:
 
     @classmethod
     def from_json(cls, text: str) -> Report:
-        """Read what `to_json` wrote; unknown keys and another schema version are errors."""
+        """Return the report that `to_json` wrote.
+
+        Reports of schema 1 are read too. Raises ValueError for another schema version and for
+        unknown or missing keys.
+        """
         values = json.loads(text)
         found = values.pop("schema_version", None) if isinstance(values, dict) else None
         if found not in READS:
@@ -106,7 +114,10 @@ class Report:
         return "\n".join([*lines, "## Provenance", "", "```json", shown, "```", ""])
 
     def save(self, folder: str | Path, extra: Mapping[str, str] | None = None) -> list[Path]:
-        """Write report.json, report.md and `extra` files; all of them, or what was there stays."""
+        """Write report.json, report.md and the `extra` files (name to text); return their paths.
+
+        Either all of them are written, or what was there before stays.
+        """
         texts = {"report.json": self.to_json(), "report.md": self.to_markdown()}
         return write_all(Path(folder), texts | dict(extra or {}))
 
@@ -128,7 +139,7 @@ def _score_of_schema_1(row: Mapping[str, Any]) -> Score:
 
 
 def table(report: Report) -> str:
-    """Return the report as a plain-text table: value, control, n, error and verdict abreast.
+    """Return the report as a plain-text table, a line for each row with the cells of COLUMNS.
 
     >>> from evals import Report, Score, table
     >>> loss = dict(name="loss", unit="nats", value=0.1, control=0.7, stderr=0.01, n=64)
@@ -151,7 +162,11 @@ def table(report: Report) -> str:
 
 
 def compare(before: Report, after: Report) -> str:
-    """Return a plain-text table of the rows two reports share: both values and both verdicts."""
+    """Return a plain-text comparison of two reports: how the rows they share have changed.
+
+    Rows are matched by section and name. A row has both values, and both verdicts where these
+    differ. Rows that only one report has are listed last.
+    """
     old = {(heading, row.name): row for heading, row in before}
     new = {(heading, row.name): row for heading, row in after}
     lines = [f"{before.title}  ->  {after.title}"]
@@ -171,7 +186,7 @@ def compare(before: Report, after: Report) -> str:
 
 
 def provenance(**facts: Any) -> dict[str, Any]:
-    """Return where a report comes from: versions, machine, command and time, with `facts`."""
+    """Return where a report comes from: versions, machine, command and time, and `facts`."""
     versions = {"python": platform.python_version()}
     for package in ("sparse-bridges", "torch", "transformers", "accelerate", "nnsight"):
         try:
@@ -187,7 +202,7 @@ def provenance(**facts: Any) -> dict[str, Any]:
 
 
 def write_all(folder: Path, texts: Mapping[str, str]) -> list[Path]:
-    """Write every text into `folder`, all or none, and return their paths."""
+    """Write every text (by file name) into `folder`, all or none; return their paths."""
     replace_files(folder, texts)
     return [folder / name for name in texts]
 

@@ -1,6 +1,9 @@
-"""Reports written before scores had a key and an outcome (schema 1): their rows get keys.
+"""Give keys to the rows of reports of schema 1, in which a score had no key and no outcome.
 
-A row was known by its name then. The names of the claims are listed here once, with their keys.
+In schema 1 a row was identified by its name. This file lists the names that the claims used, with
+the key that each row has now. One kind of row cannot get its present key: where the circuit of a
+nonsense twin has another size than the circuit, the name does not tell whether it is the one that
+`prune` found or the one made at the circuit's size, so the key holds both sizes instead.
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ KEYS = (  # the name of a row, the key it has now
 
 
 def with_key(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a row of schema 1 with its key; one that no claim wrote gets a key of its name."""
+    """Return a row of schema 1 with its key. A name that is not listed becomes a key (`key_of`)."""
     name = str(row.get("name", ""))
     for pattern, key in KEYS:
         if found := re.fullmatch(pattern, name):

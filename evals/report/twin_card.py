@@ -23,9 +23,10 @@ QUICK = "The report was a quick one, on fewer blocks than the run holds out."
 
 
 def twin_card(report: Report, license: str = "unknown") -> Card:
-    """Return the card of the twin that `report` measured; how it was made is the run's manifest.
+    """Return the model card of the twin that `report` measured.
 
-    What the manifest does not say is not recorded. The fingerprint is that of the measured weights.
+    How the twin was trained is taken from the run's manifest; where the manifest lacks something
+    the card says that it was not recorded. The fingerprint is that of the measured weights.
     """
     run = report.provenance.get("run", {})
     asked, data = run.get("arguments", {}), run.get("data", {})
@@ -52,7 +53,7 @@ def _text(data: dict[str, Any]) -> str:
 
 
 def _twin(report: Report) -> Iterator[Metric]:
-    """Yield how well the twin predicts held-out text, and how near it is to the dense model."""
+    """Yield how well the twin predicts held-out text and how near it is to the dense model."""
     rows = {row.key: row for row in report.sections.get("Bridges", ())}
     if own := rows.get("bridge.ce.sparse"):
         name = f"held-out cross entropy, mean over {own.n} blocks"
@@ -70,7 +71,7 @@ def _twin(report: Report) -> Iterator[Metric]:
 
 
 def _circuits(report: Report) -> Iterator[Metric]:
-    """Yield size and losses of every circuit, beside random circuits and the nonsense twin's."""
+    """Yield size and losses of every circuit, each beside its control (TOLD)."""
     for heading, row in report:
         if heading.endswith(CIRCUIT) and row.key.startswith(TOLD):
             mean = f", mean over {row.n} pairs" if row.n > 1 else ""

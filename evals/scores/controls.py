@@ -1,4 +1,4 @@
-"""Deltas that are equal in size to a claim's and empty of its content."""
+"""Random changes of the dense stream, as large as those of a claim but without its content."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 def random_like(
     delta: Float[Tensor, "prompt pos d_dense"], seed: int
 ) -> Float[Tensor, "prompt pos d_dense"]:
-    """Return directions drawn at random, at every token of exactly the length of `delta` there."""
+    """Return random directions, one per token, each of exactly the length of `delta` there."""
     rng = torch.Generator().manual_seed(seed)
     u = F.normalize(torch.randn(delta.shape, generator=rng), dim=-1).to(delta)
     return u * delta.norm(dim=-1, keepdim=True)
@@ -20,10 +20,11 @@ def random_like(
 def rotated(
     delta: Float[Tensor, "prompt pos d_dense"], seed: int
 ) -> Float[Tensor, "prompt pos d_dense"]:
-    """Return `delta` turned by one random rotation: every length and every angle within it stays.
+    """Return `delta` turned by one random rotation, which keeps all lengths and all angles in it.
 
-    The stricter control: what an untrained decoder would write. Directions drawn anew at every
-    token mostly cancel; a structured delta can beat them with nothing in it.
+    This is the stricter control. Directions drawn anew at every token mostly cancel each other, so
+    any delta that is alike at many tokens can beat them, even that of an untrained decoder. A
+    rotated delta has the same structure over tokens; only its directions mean nothing.
     """
     rng = torch.Generator().manual_seed(seed)
     d = delta.shape[-1]

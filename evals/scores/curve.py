@@ -13,7 +13,7 @@ from sparse.storage.records import checked
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Curve:
-    """A measurement along an axis, beside every draw of its controls at the same places."""
+    """A measurement at several places along an axis, beside every draw of its controls there."""
 
     name: str
     x_label: str
@@ -21,7 +21,7 @@ class Curve:
     x: tuple[float, ...]
     value: tuple[float, ...]
     controls: dict[str, tuple[tuple[float, ...], ...]]
-    """Per control: one tuple along x for each draw."""
+    """By name of the control: for each draw, one number for every place in x."""
     references: dict[str, tuple[float, ...]] = field(default_factory=dict)
     """Lines to compare with, such as the full activation patch."""
 
@@ -37,12 +37,12 @@ class Curve:
             raise ValueError(f"curve {self.name!r} holds NaN or infinity; find where it broke")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the curve as plain JSON values; `from_dict` is its inverse."""
+        """Return the curve as plain JSON values; `from_dict` reads them back."""
         return json.loads(json.dumps(asdict(self)))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Curve:
-        """Read what `to_dict` wrote; unknown keys are an error."""
+        """Return the curve that `to_dict` wrote; raise ValueError for unknown or missing keys."""
         values = checked(cls, values, "curve", complete=True)
         controls = {k: tuple(map(tuple, v)) for k, v in values["controls"].items()}
         references = {k: tuple(v) for k, v in values["references"].items()}

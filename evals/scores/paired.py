@@ -1,4 +1,4 @@
-"""Scores from measurements on the same prompts: errors, intervals, counts."""
+"""Make scores from measurements: value and control on the same prompts, or counts."""
 
 from __future__ import annotations
 
@@ -25,12 +25,15 @@ def paired(
     detail: Mapping[str, Any] | None = None,
     seed: int = 0,
 ) -> Score:
-    """Score `values` beside its control, measured on the same n prompts, pairs or blocks.
+    """Return the score of `values` beside their control, on the same n prompts, pairs or blocks.
 
         value   = sum_i w_i values_i / sum_i w_i            (w = 1 without `weights`)
         stderr  = sqrt(n/(n-1) sum_i w_i^2 (d_i - gap)^2) / sum_i w_i,   d_i = values_i - control_i
 
-    A ratio of sums such as the FVU is such a mean, weighted by its denominators.
+    control_i is the mean over the draws of the control on prompt i, and gap the weighted mean of
+    d_i. Because both are measured on the same prompts, how difficult a prompt is cancels in d_i. A
+    ratio of sums, such as the FVU, is a mean of this kind whose weights are its denominators.
+    Raises ValueError for fewer than 2 prompts, for no draw, and for numbers that are not finite.
     """
     n = len(values)
     if n < 2:
@@ -66,9 +69,9 @@ def paired(
 
 
 def per_pair(x: Float[Tensor, "*draws prompt"]) -> Float[Tensor, "*draws pair"]:
-    """Mean over the two prompts of each pair, the independent unit of a task.
+    """Return the mean over the two prompts of each pair, the independent unit of a task.
 
-    Prompts i and i + n of a TaskBatch are the two contexts of pair i.
+    Prompts i and i + n of a TaskBatch of n pairs are the two contexts of pair i.
     """
     return x.unflatten(-1, (2, -1)).mean(-2)
 
@@ -76,7 +79,7 @@ def per_pair(x: Float[Tensor, "*draws prompt"]) -> Float[Tensor, "*draws pair"]:
 def bootstrap(
     gaps: Float[Tensor, " n"], weights: Float[Tensor, " n"], seed: int = 0
 ) -> tuple[float, float]:
-    """Return the 95 % percentile interval of the weighted mean of `gaps` over resampled prompts."""
+    """Return the 95 % interval of the weighted mean of `gaps`, from resampling the n prompts."""
     n = len(gaps)
     rng = torch.Generator().manual_seed(seed)
     picked = torch.randint(n, (RESAMPLES, n), generator=rng)
@@ -98,7 +101,10 @@ def counted(
     better: Better,
     detail: Mapping[str, Any] | None = None,
 ) -> Score:
-    """Score a count beside the counts of its control; a count has no sampling error (n = 1)."""
+    """Return the score of a count beside the counts of its control.
+
+    A count has no sampling error, so its standard error is 0 and n is 1.
+    """
     return Score(
         key=key,
         name=name,

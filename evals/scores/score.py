@@ -1,9 +1,13 @@
-"""A number beside its control: the record every result of this library is made of.
+"""A number beside its control: every result of this library is such a record.
 
 gap       value - control,                 control = mean over its draws
 stderr    of the gap, over the n prompts (or blocks), the draws held fixed
 interval  95 % of the gap under resampling of the prompts, value and control together
 rank      how many draws the value beats, in the direction `better`
+outcome   "beats", "worse" or "indistinguishable", from interval and rank
+
+The control is the same measurement without the cause that the claim is about: bridges that were
+never trained, random circuits, random directions. It is drawn once or several times.
 """
 
 from __future__ import annotations
@@ -39,10 +43,11 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Score:
-    """One line of a report: what was measured, beside what it would be without the cause.
+    """One row of a report: a measurement beside the same measurement without its cause.
 
-    Give `draws`, or `control` alone when there is one draw. `rank`, `outcome` and, in words,
-    `verdict` follow.
+    Give `draws`, or `control` alone when there is one draw. `rank`, `outcome` and `verdict` are
+    computed from the numbers (docs/method.md#scores). Raises ValueError where there is no control,
+    a number is not finite, or the numbers contradict each other.
 
     >>> score = Score(key="steering", name="P(other)", unit="probability", value=0.7, n=64,
     ...               stderr=0.01, draws=tuple(i / 1000 for i in range(100)),
@@ -52,17 +57,18 @@ class Score:
     """
 
     name: str
-    """What was measured, for a reader."""
+    """What was measured, in words for a reader."""
     key: str = ""
-    """What was measured, for a program: the same in every report, whatever the wording; parts are
-    joined by points. By default made of the name."""
+    """What was measured, as an identifier for a program, such as "transfer.ablation.nodes". It
+    stays the same when the wording of `name` changes. By default it is made of the name (`key_of`).
+    """
     unit: Unit
     value: float
     """Mean over the n prompts or blocks."""
     control: float = math.nan
-    """The same measurement with the cause removed: the mean of `draws`."""
+    """The same measurement without the cause: the mean of `draws`."""
     control_name: str = "its control"
-    """What was drawn, in the plural when there are several: "random directions"."""
+    """What the control is, in the plural when there are several draws: "random directions"."""
     draws: tuple[float, ...] = ()
     """The control's value in every draw."""
     stderr: float
@@ -70,15 +76,16 @@ class Score:
     interval: tuple[float, float] = (math.nan, math.nan)
     """95 % interval of `value - control`; without one, plus and minus 1.96 stderr."""
     n: int
-    """Independent prompts (pairs) or blocks averaged over; 1 for a count."""
+    """Number of independent prompts, pairs or blocks that were averaged over; 1 for a count."""
     better: Better = "higher"
     detail: dict[str, Any] = field(default_factory=dict)
     """Further facts for the report, as plain JSON."""
     rank: int = field(init=False)
     """How many draws the value beats."""
     outcome: Outcome = field(init=False)
+    """What interval and rank allow one to say, for a program to test."""
     verdict: str = field(init=False)
-    """The outcome in words."""
+    """The outcome in words, for a reader."""
 
     def __post_init__(self) -> None:
         draws = tuple(self.draws) or (() if math.isnan(self.control) else (self.control,))
@@ -143,15 +150,17 @@ class Score:
 
     @property
     def beaten_by(self) -> int:
-        """How many draws beat the value; ties count for neither."""
+        """Number of draws that beat the value; a tie counts neither here nor in `rank`."""
         ties = sum(draw == self.value for draw in self.draws)
         return self.n_draws - self.rank - ties
 
     def _outcome(self) -> Outcome:
-        """Return what `interval` and `rank` together allow (docs/method.md#scores).
+        """Return the outcome that `interval` and `rank` together allow (docs/method.md#scores).
 
-        Among k exchangeable draws the value beats ceil(0.95 (k + 1)) or more with probability at
-        most 5 %; with fewer than 19 draws it must beat all. And the interval must leave out 0.
+        "beats" needs two things. The interval of the gap must lie on the better side of 0. And the
+        value must beat at least ceil(0.95 (k + 1)) of the k draws: one more draw of the control
+        would do that with a probability of at most 5 %. With fewer than 19 draws, where this
+        number is above k, it must beat all of them. "worse" needs the same on the other side.
         """
         k = self.n_draws
         enough = min(k, math.ceil(LEVEL * (k + 1)))
@@ -163,7 +172,7 @@ class Score:
         return "indistinguishable"
 
     def _verdict(self) -> str:
-        """Say the outcome in plain words, with the count of draws where there are several."""
+        """Return the outcome in plain words, with the count of draws where there are several."""
         k, name = self.n_draws, self.control_name
         if self.outcome == "beats":
             return f"beats {self.rank} of {k} {name}" if k > 1 else f"better than {name}"
@@ -174,15 +183,16 @@ class Score:
         return f"not distinguishable from its control ({count}{name})"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the score as plain values; `from_dict` is its inverse."""
+        """Return the score as plain values; `from_dict` reads them back."""
         values = asdict(self)
         return values | {"draws": list(self.draws), "interval": list(self.interval)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], lacking: Collection[str] = ()) -> Score:
-        """Read what `to_dict` wrote; a missing, unknown or contradictory entry is an error.
+        """Return the score that `to_dict` wrote.
 
-        `lacking` are fields that the file is too old to have.
+        `lacking` are computed fields that the file is too old to have. Raises ValueError for a
+        missing or unknown entry, and where rank, outcome or verdict contradict the numbers.
         """
         values = checked(cls, values, "score", complete=True, besides=lacking)
         given = {f.name: values[f.name] for f in fields(cls) if f.init}

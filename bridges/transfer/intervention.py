@@ -214,8 +214,13 @@ class Steering(Intervention):
     ) -> list[stream_change.Change]:
         """Return what replacing the nodes' values changes in the sparse stream, at every site.
 
-        This is the change of mode "transport", whatever `mode` is.
+        Raises ValueError in mode "read", whose changes belong to single sublayers: see `edits`.
         """
+        if self.mode == "read":
+            raise ValueError(
+                "mode='read' has no one delta: each node is read at a site of its own; take its "
+                "edits (edits_of), or mode='transport'"
+            )
         chosen = self.chosen(mapped)
         return stream_change.replaced(mapped.sparse, ids, self.other_ids, chosen, attention_mask)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import platform
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -94,8 +94,8 @@ class Report:
                 "run `python -m evals RUN_DIR` again"
             )
         values = checked(cls, values, "report", complete=True)
-        read = _score if found == SCHEMA_VERSION else _score_of_schema_1
-        sections = {heading: tuple(map(read, rows)) for heading, rows in values["sections"].items()}
+        read = _scores if found == SCHEMA_VERSION else _scores_of_schema_1
+        sections = {heading: read(rows) for heading, rows in values["sections"].items()}
         curves = tuple(Curve.from_dict(curve) for curve in values["curves"])
         plain = {"graphs": tuple(values["graphs"]), "notes": tuple(values["notes"])}
         return cls(**{**values, **plain, "sections": sections, "curves": curves})
@@ -130,12 +130,12 @@ class Report:
         return cls.from_json(path.read_text(encoding="utf-8"))
 
 
-def _score(row: Mapping[str, Any]) -> Score:
-    return Score.from_dict(row)
+def _scores(rows: Sequence[Mapping[str, Any]]) -> tuple[Score, ...]:
+    return tuple(Score.from_dict(row) for row in rows)
 
 
-def _score_of_schema_1(row: Mapping[str, Any]) -> Score:
-    return Score.from_dict(schema_1.with_key(row), lacking=("outcome",))
+def _scores_of_schema_1(rows: Sequence[Mapping[str, Any]]) -> tuple[Score, ...]:
+    return tuple(Score.from_dict(row, lacking=("outcome",)) for row in schema_1.with_keys(rows))
 
 
 def table(report: Report) -> str:
@@ -164,11 +164,11 @@ def table(report: Report) -> str:
 def compare(before: Report, after: Report) -> str:
     """Return a plain-text comparison of two reports: how the rows they share have changed.
 
-    Rows are matched by section and name. A row has both values, and both verdicts where these
+    Rows are matched by section and key. A row has both values, and both verdicts where these
     differ. Rows that only one report has are listed last.
     """
-    old = {(heading, row.name): row for heading, row in before}
-    new = {(heading, row.name): row for heading, row in after}
+    old = {(heading, row.key): row for heading, row in before}
+    new = {(heading, row.key): row for heading, row in after}
     lines = [f"{before.title}  ->  {after.title}"]
     for key in [key for key in old if key in new]:
         a, b = old[key], new[key]
@@ -176,12 +176,13 @@ def compare(before: Report, after: Report) -> str:
         good = change == 0 or (change > 0) == (b.better == "higher")
         word = "same" if change == 0 else "better" if good else "worse"
         lines.append(
-            f"{key[0]} / {key[1]}: {number(a.value)} -> {number(b.value)} {a.unit} ({word})"
+            f"{key[0]} / {b.name}: {number(a.value)} -> {number(b.value)} {a.unit} ({word})"
         )
         if a.verdict != b.verdict:
             lines.append(f"    {a.verdict} -> {b.verdict}")
-    for word, only in (("only before", old.keys() - new), ("only after", new.keys() - old)):
-        lines += [f"{word}: {heading} / {name}" for heading, name in sorted(only)]
+    for word, mine, other in (("only before", old, new), ("only after", new, old)):
+        only = sorted(mine.keys() - other.keys())
+        lines += [f"{word}: {heading} / {mine[heading, key].name}" for heading, key in only]
     return "\n".join(lines)
 
 

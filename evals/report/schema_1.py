@@ -1,15 +1,15 @@
 """Give keys to the rows of reports of schema 1, in which a score had no key and no outcome.
 
 In schema 1 a row was identified by its name. This file lists the names that the claims used, with
-the key that each row has now. One kind of row cannot get its present key: where the circuit of a
-nonsense twin has another size than the circuit, the name does not tell whether it is the one that
-`prune` found or the one made at the circuit's size, so the key holds both sizes instead.
+the key that each row has now. Two rows of one section may compare a circuit with its nonsense twin;
+then the first is of the twin's best nodes at the circuit's size, and the second of what `prune`
+found for it.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from evals.scores.score import key_of
@@ -28,8 +28,7 @@ KEYS = (  # the name of a row, the key it has now
     (r"KL\(full \|\| circuit\)", "circuit.fidelity"),
     (r"nodes", "circuit.nodes"),
     (r"edges among its nodes", "circuit.edges"),
-    (r"nonsense twin \((\d+) nodes, the circuit \1\)", "circuit.nonsense.equal_size"),
-    (r"nonsense twin \((\d+) nodes, the circuit (\d+)\)", r"circuit.nonsense.\1_beside_\2"),
+    (r"nonsense twin \(\d+ nodes, the circuit \d+\)", "circuit.nonsense.equal_size"),
     (r"steering, strength 1, (?:v\. )?(\w+)", r"transfer.steering.one.\1"),
     (
         r"steering, strength \S+, best on validation, (?:v\. )?(\w+)",
@@ -41,10 +40,20 @@ KEYS = (  # the name of a row, the key it has now
 )
 
 
-def with_key(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a row of schema 1 with its key. A name that is not listed becomes a key (`key_of`)."""
-    name = str(row.get("name", ""))
+def with_keys(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows of one section of schema 1 with their keys.
+
+    A name that is not listed becomes a key (`key_of`).
+    """
+    found = [{**row, "key": _key(str(row.get("name", "")))} for row in rows]
+    twins = [row for row in found if row["key"] == "circuit.nonsense.equal_size"]
+    for row in twins[1:]:
+        row["key"] = "circuit.nonsense.found_size"
+    return found
+
+
+def _key(name: str) -> str:
     for pattern, key in KEYS:
-        if found := re.fullmatch(pattern, name):
-            return {**row, "key": found.expand(key)}
-    return {**row, "key": key_of(name)}
+        if match := re.fullmatch(pattern, name):
+            return match.expand(key)
+    return key_of(name)

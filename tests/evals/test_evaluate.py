@@ -14,6 +14,7 @@ from bridges import BridgeConfig, BridgeSet, save_run
 from evals.__main__ import main
 from evals.evaluate import evaluate_run, write_report
 from evals.report.report import Report
+from evals.report.schema_1 import with_keys
 from sparse.circuits.pruning.config import PruneConfig
 from sparse.circuits.pruning.prune import prune
 from sparse.circuits.view.graph import graph
@@ -60,6 +61,12 @@ def test_a_run_s_report_has_every_claim_beside_its_control(report, run):
     assert all(row.n_draws >= 1 and row.verdict for _, row in report)
     assert report.provenance["run"]["dense"]["fingerprint"] == run.dense.fingerprint
     assert len(report.curves) == len(report.graphs) == 1
+
+
+def test_a_report_of_before_scores_had_keys_gets_the_keys_of_today(report):
+    for rows in report.sections.values():
+        old = [{k: v for k, v in row.to_dict().items() if k != "key"} for row in rows]
+        assert [row["key"] for row in with_keys(old)] == [row.key for row in rows]
 
 
 def test_the_same_seed_gives_the_same_report(report, run):

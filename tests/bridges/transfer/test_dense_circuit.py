@@ -330,6 +330,8 @@ def test_for_small_changes_the_read_rule_is_the_exact_difference(
 def test_read_mode_is_for_reads(mapped, ids, other):
     with pytest.raises(ValueError, match="mode='read' is for residual read nodes.*'0.attn.v'"):
         mapped.steer(ids, other, mode="read")
+    with pytest.raises(ValueError, match="mode='read' has no one delta"):
+        mapped.delta(Steering(other, mode="read"), ids)
 
 
 def test_a_node_without_a_fixed_direction_says_so(mapped):

@@ -36,6 +36,24 @@ def test_a_full_disk_leaves_the_old_files_and_says_what_to_do(tmp_path, monkeypa
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
 
 
+def test_a_move_that_fails_says_which_files_are_new(tmp_path, monkeypatch):
+    replace_files(tmp_path, {"a": "old a", "b": "old b"})
+    real = os.replace
+
+    def refuse_b(source, place):
+        if place.name == "b":
+            raise OSError(errno.EACCES, "Permission denied")
+        real(source, place)
+
+    monkeypatch.setattr(os, "replace", refuse_b)
+    with pytest.raises(
+        OSError, match="there before is untouched but for a, new and whole: .*run again"
+    ):
+        replace_files(tmp_path, {"a": "new a", "b": "new b"})
+    assert (tmp_path / "a").read_text() == "new a" and (tmp_path / "b").read_text() == "old b"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+
+
 def test_two_processes_may_write_the_same_file_at_once(tmp_path, monkeypatch):
     """The other process writes and moves its file while this one has written but not moved."""
     real, others = os.replace, []

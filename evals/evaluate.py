@@ -136,9 +136,10 @@ def write_report(run: Run, report: Report) -> list[Path]:
     ['report.json', 'report.md', 'report.html']
     """
     log = run.log() if (run.folder / "log.jsonl").is_file() else []
+    old = run.sparse.card
+    card = twin_card(report, old.license if old else "unknown")  # before anything is written
     paths = report.save(run.output, {"report.html": page(report, log)})
     if run.output == run.folder:
-        old = run.sparse.card
-        run.sparse.card = twin_card(report, old.license if old else "unknown")
+        run.sparse.card = card
         run.sparse.save_card(run.folder / "sparse")
     return paths

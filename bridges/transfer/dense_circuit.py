@@ -88,8 +88,9 @@ class DenseCircuit:
         )
 
     def __getattr__(self, name: str) -> Any:
-        hint = f"; it is now {MOVED[name]}" if name in MOVED else ""
-        raise AttributeError(f"DenseCircuit has no attribute {name!r}{hint}")
+        if name in MOVED:
+            raise AttributeError(f"DenseCircuit has no attribute {name!r}; it is now {MOVED[name]}")
+        return object.__getattribute__(self, name)  # raises as if this method were not here
 
     def ablate(
         self,
@@ -155,6 +156,7 @@ class DenseCircuit:
 
         Steering in mode "read" gives edits at the sites that its nodes read, and ignores `site`.
         """
+        _check(intervention)
         return intervention.edits(self, ids, self._site(site), strength, attention_mask)
 
     @torch.no_grad()
@@ -170,6 +172,7 @@ class DenseCircuit:
         This is the delta of the whole stream, sigma_s D_s dz_t. The mode of a `Steering` makes no
         difference here: what mode "read" adds instead is in its edits (`edits_of`).
         """
+        _check(intervention)
         return intervention.delta(self, ids, self._site(site), attention_mask)
 
     def live_ablation(
@@ -290,3 +293,11 @@ class DenseCircuit:
 
     def _site(self, site: int | None) -> int | None:
         return self.site if site is None else site
+
+
+def _check(intervention: Any) -> None:
+    if not isinstance(intervention, Intervention):
+        raise ValueError(
+            f"{intervention!r:.80} is no intervention; give Ablation(nodes, kind) or "
+            "Steering(other_ids, nodes, mode)"
+        )

@@ -109,6 +109,15 @@ class Intervention(ABC):
         check_amount(strength, "strength")
         return [Edit(site=at, direction=delta, amount=strength, prompt_only=True)]
 
+    def _keep_nodes(self) -> None:
+        """Keep the nodes as a tuple: a generator would be used up by the first call."""
+        if isinstance(self.nodes, str):
+            raise ValueError(
+                f"nodes={self.nodes!r} is a text; give nodes, or None for the circuit's"
+            )
+        if self.nodes is not None:
+            object.__setattr__(self, "nodes", tuple(self.nodes))
+
     def chosen(self, mapped: Mapped) -> stream_change.Chosen:
         """Return the nodes it is done to, as masks by location; empty masks are left out."""
         circuit = mapped.circuit
@@ -130,6 +139,7 @@ class Ablation(Intervention):
     kind: Literal["mean", "zero"] = "mean"
 
     def __post_init__(self) -> None:
+        self._keep_nodes()
         if self.kind not in ("mean", "zero"):
             raise ValueError(f"kind={self.kind!r} must be 'mean' or 'zero'")
 
@@ -195,6 +205,7 @@ class Steering(Intervention):
     mode: Literal["transport", "read"] = "transport"
 
     def __post_init__(self) -> None:
+        self._keep_nodes()
         if self.mode not in ("transport", "read"):
             raise ValueError(f"mode={self.mode!r} must be 'transport' or 'read'")
 

@@ -88,7 +88,7 @@ class Report:
         """
         values = json.loads(text)
         found = values.pop("schema_version", None) if isinstance(values, dict) else None
-        if found not in READS:
+        if isinstance(found, bool) or found not in READS:
             raise ValueError(
                 f"this report has schema version {found}, this library reads {READS}; "
                 "run `python -m evals RUN_DIR` again"

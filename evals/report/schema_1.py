@@ -12,8 +12,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from evals.scores.score import key_of
-
 KEYS = (  # the name of a row, the key it has now
     (r"site (\d+): encoder FVU", r"bridge.site.\1.encoder_fvu"),
     (r"site (\d+): decoder FVU", r"bridge.site.\1.decoder_fvu"),
@@ -43,8 +41,10 @@ KEYS = (  # the name of a row, the key it has now
 def with_keys(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return the rows of one section of schema 1 with their keys.
 
-    A name that is not listed becomes a key (`key_of`).
+    A name that is not listed is its own key. Raises ValueError for a row that has one already.
     """
+    if any("key" in row for row in rows):
+        raise ValueError("score: unknown keys ['key'] in a report of schema 1; it was edited")
     found = [{**row, "key": _key(str(row.get("name", "")))} for row in rows]
     twins = [row for row in found if row["key"] == "circuit.nonsense.equal_size"]
     for row in twins[1:]:
@@ -56,4 +56,4 @@ def _key(name: str) -> str:
     for pattern, key in KEYS:
         if match := re.fullmatch(pattern, name):
             return match.expand(key)
-    return key_of(name)
+    return name

@@ -29,16 +29,17 @@ def twin_card(report: Report, license: str = "unknown") -> Card:
     the card says that it was not recorded. The fingerprint is that of the measured weights.
     """
     run = report.provenance.get("run", {})
-    asked, data = run.get("arguments", {}), run.get("data", {})
-    sizes = [asked.get(name) for name in ("steps", "batch", "length")]
+    asked, command = run.get("arguments"), run.get("command")
+    sizes = {name: _count(asked, name) for name in ("steps", "batch", "length", "seed")}
+    read = [sizes[name] for name in ("steps", "batch", "length")]
     hints = [QUICK] if report.provenance.get("quick") else []
     hints += [f"- {note}" for note in report.notes]
     return Card(
-        command=run.get("command", "# not recorded"),
-        data=_text(data),
-        tokens=None if None in sizes else prod(sizes),
-        steps=asked.get("steps"),
-        seed=asked.get("seed"),
+        command=command if isinstance(command, str) and command.strip() else "# not recorded",
+        data=_text(run.get("data")),
+        tokens=None if None in read else prod(n for n in read if n is not None),
+        steps=sizes["steps"],
+        seed=sizes["seed"],
         metrics=(*_twin(report), *_circuits(report)),
         fingerprint=run.get("sparse", {}).get("fingerprint", ""),
         license=license,
@@ -47,9 +48,19 @@ def twin_card(report: Report, license: str = "unknown") -> Card:
     )
 
 
-def _text(data: dict[str, Any]) -> str:
-    name, mark = data.get("name", "not recorded"), data.get("fingerprint")
-    return f"{name}, sha256 {mark[:16]}" if mark else name
+def _count(asked: Any, name: str) -> int | None:
+    """Return a whole number from the arguments of a run, which may be written in any form."""
+    value = asked.get(name) if isinstance(asked, dict) else None
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _text(data: Any) -> str:
+    """Return the name of the training text and the beginning of its hash, as far as recorded."""
+    if isinstance(data, str) and data.strip():
+        return data
+    facts = data if isinstance(data, dict) else {}
+    name, mark = facts.get("name") or "not recorded", facts.get("fingerprint")
+    return f"{name}, sha256 {str(mark)[:16]}" if mark else str(name)
 
 
 def _twin(report: Report) -> Iterator[Metric]:
@@ -85,6 +96,6 @@ def _metric(name: str, row: Score) -> Metric:
         name=name,
         value=row.value,
         unit=row.unit,
-        control=f"{several}{row.control_name}",
+        control=f"{several}{row.control_name or 'its control'}",
         control_value=row.control,
     )

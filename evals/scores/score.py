@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
@@ -60,8 +59,7 @@ class Score:
     """What was measured, in words for a reader."""
     key: str = ""
     """What was measured, as an identifier for a program, such as "transfer.ablation.nodes". It
-    stays the same when the wording of `name` changes. By default it is made of the name (`key_of`).
-    """
+    stays the same when the wording of `name` changes. By default it is the name."""
     unit: Unit
     value: float
     """Mean over the n prompts or blocks."""
@@ -101,7 +99,7 @@ class Score:
             half = 1.96 * self.stderr
             interval = (self.value - control - half, self.value - control + half)
         set_ = object.__setattr__
-        set_(self, "key", self.key or key_of(self.name))
+        set_(self, "key", self.key or self.name)
         set_(self, "draws", draws)
         set_(self, "control", control)
         set_(self, "interval", interval)
@@ -111,6 +109,9 @@ class Score:
         set_(self, "verdict", self._verdict())
 
     def _check(self, mean: float) -> None:
+        for name in ("name", "key"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"score {self.name!r}: {name} {getattr(self, name)!r} is no text")
         for name, allowed in (("unit", get_args(Unit)), ("better", get_args(Better))):
             if getattr(self, name) not in allowed:
                 raise ValueError(
@@ -205,12 +206,3 @@ class Score:
                     f"{getattr(score, name)!r}; the file was edited, so run the evaluation again"
                 )
         return score
-
-
-def key_of(name: str) -> str:
-    """Return a key made of a name: its words in lower case, joined by underscores.
-
-    >>> key_of("site 0: KL, dense to sparse")
-    'site_0_kl_dense_to_sparse'
-    """
-    return "_".join(re.findall(r"[a-z0-9]+", name.lower()))

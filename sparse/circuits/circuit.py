@@ -240,8 +240,11 @@ class Circuit:
             )
 
     def __getattr__(self, name: str) -> Any:
-        hint = "; it is now sparse.extract(circuit, model, mode)" if name == "compile" else ""
-        raise AttributeError(f"Circuit has no attribute {name!r}{hint}")
+        if name == "compile":
+            raise AttributeError(
+                "Circuit has no attribute 'compile'; it is now sparse.extract(circuit, model, mode)"
+            )
+        return object.__getattribute__(self, name)  # raises as if this method were not here
 
     def _like(self, other: Circuit) -> None:
         if self.model_fingerprint != other.model_fingerprint:

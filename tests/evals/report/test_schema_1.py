@@ -48,7 +48,22 @@ def test_of_two_nonsense_twins_the_first_is_that_of_equal_size(report):
 
 def test_a_row_that_no_claim_wrote_has_a_key_of_its_name():
     (row,) = with_keys([{"name": "My own, measured"}])
-    assert row["key"] == "my_own_measured"
+    assert row["key"] == row["name"]
+
+
+def test_rows_of_ones_own_may_be_named_in_any_language(report):
+    (heading, row), *_ = report
+    rows = [row.to_dict() | {"name": name} for name in ("loss, a", "loss a", "损失", "概率")]
+    values = json.loads(as_schema_1(report.to_json())) | {"sections": {heading: rows}}
+    for own in rows:
+        del own["key"], own["outcome"]
+    assert len(Report.from_json(json.dumps(values))) == 4
+
+
+def test_a_row_of_schema_1_that_has_a_key_was_edited(report):
+    values = json.loads(report.to_json()) | {"schema_version": 1}
+    with pytest.raises(ValueError, match="unknown keys .'key'. in a report of schema 1"):
+        Report.from_json(json.dumps(values))
 
 
 def test_control_a_report_of_today_without_keys_is_refused(report):

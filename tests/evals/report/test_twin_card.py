@@ -152,3 +152,20 @@ def test_the_built_in_run_is_only_read(run, report, tmp_path):
     before = readme(run)
     write_report(replace(run, output=tmp_path), report)
     assert (tmp_path / "report.json").is_file() and readme(run) == before
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"command": ["python", "x.py"]},
+        {"command": None},
+        {"data": {"name": None}},
+        {"data": "my text"},
+        {"arguments": {"steps": 6.0, "batch": 2, "length": 3}},
+        {"arguments": ["--steps", "6"]},
+    ],
+    ids=str,
+)
+def test_a_manifest_written_in_another_way_is_not_recorded_rather_than_refused(facts):
+    card = twin_card(Report(title="t", sections={}, provenance={"run": facts}))
+    assert card.tokens is None and "not recorded" in f"{card.command} {card.data}"

@@ -24,10 +24,13 @@ def main() -> None:
     p.add_argument("--text", default=__file__, help="file whose tokens give the node means")
     args = p.parse_args()
 
+    import torch
+
     from sparse import PruneConfig, SparseGPT, SparseGPTConfig, get_task, node_means, prune, release
 
     folder = Path(args.folder or tempfile.mkdtemp(prefix="release-"))
     if args.folder is None:
+        torch.manual_seed(0)
         config = SparseGPTConfig(vocab_size=257, hidden_size=16, head_dim=2, intermediate_size=32)
         release.save_model(SparseGPT(config), folder)
         release.save_tokenizer([], folder)  # no merges: bytes, and the end of text
@@ -40,6 +43,7 @@ def main() -> None:
     if args.folder is None:
         task, few = get_task("single_double_quote"), PruneConfig(n_steps=4, clean_up=0)
         found = prune(model, task, few, tokenizer=tokenizer, means=node_means(model, ids))
+        found = found.resized(20)  # the file has a loss without each node, so a few will do
         replay = release.Replay(circuit=found, batch=task.batch(tokenizer, "train"))
         args.circuit = folder / "viz_data.pt"
         release.save_circuit(replay, model, args.circuit)

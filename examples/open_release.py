@@ -43,8 +43,7 @@ def main() -> None:
     if args.folder is None:
         task, few = get_task("single_double_quote"), PruneConfig(n_steps=4, clean_up=0)
         found = prune(model, task, few, tokenizer=tokenizer, means=node_means(model, ids))
-        found = found.resized(20)  # the file has a loss without each node, so a few will do
-        replay = release.Replay(circuit=found, batch=task.batch(tokenizer, "train"))
+        replay = release.Replay(circuit=found.resized(20), batch=task.batch(tokenizer, "train"))
         args.circuit = folder / "viz_data.pt"
         release.save_circuit(replay, model, args.circuit)
     if args.circuit:

@@ -155,7 +155,7 @@ def _is_one_number(grads: Sequence[Tensor | None]) -> bool:
     Equal numbers at different addresses count as different; this costs a sweep, but the gradients
     are right all the same.
     """
-    first = grads[0]
+    first = grads[0] if grads else None
     return first is not None and all(
         g is not None and g.data_ptr() == first.data_ptr() for g in grads
     )

@@ -147,3 +147,12 @@ def test_under_autocast_both_ways_to_the_gradient_are_one(scene):
     apart = [a + b for a, b in zip(gradient(1.0, 0.0), gradient(0.0, 1.0), strict=True)]
     for x, y in zip(both, apart, strict=True):
         assert (x - y).abs().max() < 0.02 * y.abs().max()  # bfloat16 rounds to 1/256
+
+
+def test_a_stream_that_nothing_weighs_costs_nothing_and_has_no_gradient():
+    head, h = random(VOCAB, WIDTH), random(2, TOKENS, WIDTH).requires_grad_()
+    ids = torch.zeros(TOKENS, dtype=torch.long)
+    tail = lambda x, _: x @ head.T  # noqa: E731
+    (a,) = score_streams(Stream(tail, h[:1]), [Stream(tail, h)], ids, ids, VOCAB)
+    (a.kl + a.ce).backward()
+    assert a.kl == a.ce == 0 and h.grad is not None and not h.grad.any()

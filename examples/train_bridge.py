@@ -20,8 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-QUOTES = ["single_double_quote"]
-ALL = [*QUOTES, "bracket_counting", "while_return_true"]
+QUOTES, ALL = ["single_double_quote"], ["all"]
 PRESETS = {
     # optimizer steps of batch x length tokens; the twin's width over the dense one; pruning steps
     "smoke": dict(steps=6, batch=4, length=32, expansion=0.5, prune_steps=4, tasks=QUOTES),
@@ -37,7 +36,9 @@ PRESETS["long"] |= dict(lr=3e-2, bridge_lr=5e-3, encoder_k=1 / 2, hybrid_weight=
 GPT2 = dict(mixed_precision="bf16", stream=True, tasks=ALL)
 PRESETS["gpt2-80gb"] |= GPT2 | dict(accumulate=2)
 PRESETS["gpt2-12gb"] |= GPT2 | dict(accumulate=8)
+PRESETS["smoke"] |= dict(force=True)  # in six steps no twin learns a task
 DEFAULTS = dict(mixed_precision="no", stream=False, accumulate=1)  # where a preset says nothing
+DEFAULTS |= dict(force=False)
 DEFAULTS |= dict(lr=3e-2, bridge_lr=3e-3, encoder_k=1 / 4, hybrid_weight=1.0)
 EVALUATED = 16  # held-out sequences scored at a time, at most
 LEAST = dict(steps=1, batch=1, length=2, prune_steps=0, threads=1, processes=1, twin_layers=1)
@@ -100,7 +101,17 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--bridge_lr", type=float, help="peak learning rate of the bridges")
     p.add_argument("--hybrid_weight", type=float, help="weight of the hybrid passes in the loss")
     p.add_argument("--prune_steps", type=int, help="optimizer steps of the pruning")
-    p.add_argument("--tasks", nargs="*", help="tasks to prune circuits for")
+    p.add_argument(
+        "--tasks",
+        nargs="*",
+        help="tasks to prune circuits for: names, .jsonl files of your own, or all; those that "
+        "either model does not do are left out",
+    )
+    p.add_argument(
+        "--force",
+        action=argparse.BooleanOptionalAction,
+        help="prune circuits of tasks that a model does not do, too",
+    )
     p.add_argument("--mixed_precision", choices=["no", "bf16"], help="default: the preset's")
     p.add_argument("--accumulate", type=int, help="passes per step, each on its share of the batch")
     p.add_argument("--compile", action="store_true", help="torch.compile both models' sublayers")
@@ -156,13 +167,12 @@ def main() -> None:
     args = parse()
     from accelerate import Accelerator
 
-    from sparse import get_task
-
-    for name in args.tasks or ():
-        get_task(name)  # an unknown one is told before anything is trained
+    chosen_tasks(args.tasks or ())  # an unknown one is told before anything is loaded
     state = join_processes(args)
     dense = open_dense(args, state.print)
     fill_defaults(args, dense, state.device, state.num_processes)
+    if state.is_main_process and args.tasks:
+        tell_tasks(args, dense, state.print)
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     if args.plan or args.preset.startswith("gpt2"):
         accelerator.print(show_plan(args, dense, accelerator))
@@ -320,25 +330,60 @@ def build(args, dense):
     return sparse, BridgeSet(shape, seed=args.seed), config
 
 
+def chosen_tasks(names) -> list:
+    """The tasks that were asked for; ["all"] is every built-in one."""
+    from sparse import get_task, task_names
+
+    tasks = [get_task(name) for name in (task_names() if list(names) == ["all"] else names)]
+    if twice := {t.name for i, t in enumerate(tasks) if t.name in {u.name for u in tasks[:i]}}:
+        raise ValueError(f"--tasks: {sorted(twice)} twice; circuits are kept by task name")
+    return tasks
+
+
+def tell_tasks(args, dense, say) -> None:
+    """Say before anything is trained what the dense model does of the tasks."""
+    from sparse import task_table
+
+    table = task_table(dense, tasks=chosen_tasks(args.tasks))
+    say(f"what the dense model does of the tasks:\n{table.brief()}")
+    if not table.does() and not args.force:
+        say("it does none of them, so no circuit will be pruned; --force prunes anyway")
+
+
 def find_circuits(args, run, say) -> None:
-    """Prune a circuit for every task and its nonsense twin; keep those made just so before."""
+    """Prune a circuit for every task that both models do, and one for its nonsense twin.
+
+    Circuits that were made just so before are kept.
+    """
     from dataclasses import asdict
 
-    from sparse import PruneConfig, get_task, prune
+    from sparse import PruneConfig, prune
 
     config = PruneConfig(n_steps=args.prune_steps, seed=args.seed)
     done, mark, settings = run.circuits(), run.sparse.fingerprint(), asdict(config)
-    for name in args.tasks:
-        for task in (get_task(name), get_task(f"{name}:nonsense")):
-            if made_so(done.get(task.name), mark, settings):
+    for task in chosen_tasks(args.tasks):
+        if why := why_not(run, task, args.force):
+            say(f"skipped {task.name}: {why}")
+            continue
+        for wanted in (task, task.nonsense()):
+            if made_so(done.get(wanted.name), mark, settings):
                 continue
-            try:
-                circuit = prune(run.sparse, task, config)
-            except ValueError as error:
-                say(f"{task.name} cannot be done here: {error}")
-                break
-            circuit.save(run.circuit_folder(task.name))
+            circuit = prune(run.sparse, wanted, config, force=True)  # both models do the task
+            circuit.save(run.circuit_folder(wanted.name))
             say(str(circuit))
+
+
+def why_not(run, task, force: bool) -> str:
+    """Why a task gets no circuit, or ""."""
+    for name, model in (("dense model", run.dense), ("twin", run.sparse)):
+        try:
+            score = task.score(model, run.tokenizer)
+            task.nonsense().batch(run.tokenizer, "train")
+        except ValueError as error:
+            return str(error)
+        if not score.does and not force:
+            return f"the {name} does not do it; {score}"
+    return ""
 
 
 def made_so(circuit, fingerprint: str, settings: dict) -> bool:

@@ -30,7 +30,10 @@ from .ops.abs_topk import abs_topk
 from .ops.project import project_
 from .storage.card import Card, Metric
 from .tasks.batch import task_nats
+from .tasks.pair import Pair
+from .tasks.score import TaskScore
 from .tasks.suite import get_task, task_names
+from .tasks.table import TaskTable, task_table
 from .tasks.task import Task
 from .text.batches import Batches, StreamingBatches, first_blocks
 from .text.corpus import load_corpus, stream_corpus
@@ -50,6 +53,7 @@ __all__ = [
     "Card",
     "Circuit",
     "Metric",
+    "Pair",
     "PretrainConfig",
     "Pretraining",
     "PruneConfig",
@@ -58,6 +62,8 @@ __all__ = [
     "SparsityConfig",
     "StreamingBatches",
     "Task",
+    "TaskScore",
+    "TaskTable",
     "TrainConfig",
     "abs_topk",
     "check_processes",
@@ -79,6 +85,7 @@ __all__ = [
     "stream_corpus",
     "task_names",
     "task_nats",
+    "task_table",
     "to_networkx",
     "unigram_nats",
 ]

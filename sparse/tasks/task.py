@@ -1,4 +1,4 @@
-"""Tasks: pairs of contexts that differ in one property, and the two tokens that show it.
+"""Tasks: pairs of contexts that differ in one property, and the two answers that show it.
 
 pair      self.width = "red     self.width = 'red       scored at the last position
 targets   "                     '                       each the other's foil
@@ -7,41 +7,28 @@ loss      softplus(foil - target) in nats, mean over the 2 contexts of every pai
 
 from __future__ import annotations
 
-import json
-from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
+from typing import Any, Literal
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from sparse.storage.records import checked
 
-from .batch import Targets, TaskBatch
+from .batch import TaskBatch, check_vocabulary
+from .fit import fit, least_pairs
+from .own import SPLITS, Given, deal_out, read_jsonl, read_pairs
+from .pair import Pair, Targets, pair_of
+from .score import TaskScore, positions_of, score_batch, tokenizer_of, vocabulary_of
 
-SPLITS = ("train", "validation", "test")
-
-LEAST_PAIRS = 16
-"""Fewer pairs than this in a split are refused: their mean says little."""
 UNRELATED: tuple[Targets, ...] = ((" is", " when"), (" is", " but"), ("+", "*"), (";", "#"))
 """Targets of a nonsense twin, in order of preference: nothing in the contexts tells them apart."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Pair:
-    """Two contexts that differ in one property, each with the text that should follow it.
-
-    A tokenizer must make equally many tokens of both contexts and one token of each target;
-    `Task.batch` checks that.
-    """
-
-    context_1: str
-    context_2: str
-    target_1: str
-    target_2: str
+VARIANTS = ("longer", "distractors")
+"""What `Task.variant` makes."""
+N_FILLERS = 3
+"""Texts that the variant "longer" puts before a context."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,8 +48,19 @@ class Task:
     alternatives: tuple[Targets, ...] = ()
     """Targets that replace those of every pair where the tokenizer does not have these as single
     tokens; tried in order."""
+    family: str = ""
+    """The name that a task shares with its siblings: its variants, and tasks that ask the same of
+    other contexts. Results within a family are not independent. By default the task's own name."""
+    ending: str = "\n"
+    """What completes a solved prompt (context and target) that stands before another context, in
+    the variant "distractors"; a target that ends in a newline needs none."""
+    filler: tuple[str, ...] = ()
+    """Texts that may stand before any context and say nothing of the answer, for the variant
+    "longer"."""
 
     def __post_init__(self) -> None:
+        if not self.family:
+            object.__setattr__(self, "family", self.name.partition(":")[0])
         if not self.train:
             raise ValueError(f"task {self.name}: the train split is empty; it needs pairs")
         owner: dict[str, str] = {}
@@ -82,11 +80,12 @@ class Task:
     def __str__(self) -> str:
         first = self.train[0]
         meaning = f": {self.meaning}" if self.meaning else ""
+        second = "anything else" if first.target_2 is None else repr(first.target_2)
         return (
             f"task {self.name}{meaning}\n"
             f"  {self._sizes()}, {self._targets()}\n"
             f"  {first.context_1!r} -> {first.target_1!r}\n"
-            f"  {first.context_2!r} -> {first.target_2!r}"
+            f"  {first.context_2!r} -> {second}"
         )
 
     def _sizes(self) -> str:
@@ -95,13 +94,27 @@ class Task:
     def _targets(self) -> str:
         pairs = dict.fromkeys((p.target_1, p.target_2) for s in SPLITS for p in self.pairs(s))
         (a, b), *more = pairs
-        return f"targets {a!r} and {b!r}" + (f" and {len(more)} more" if more else "")
+        second = "anything else" if b is None else repr(b)
+        return f"targets {a!r} and {second}" + (f" and {len(more)} more" if more else "")
 
     def pairs(self, split: str) -> tuple[Pair, ...]:
         """Return the pairs of a split."""
         if split not in SPLITS:
             raise ValueError(f"task {self.name} has no split {split!r}; it has {SPLITS}")
         return getattr(self, split)
+
+    def levels(self, split: str) -> dict[str, int]:
+        """Return {factor: number of its levels} among the pairs of a split (`Pair.groups`).
+
+        >>> from sparse import get_task
+        >>> get_task("while_return_true").levels("test")["frame"] >= 8
+        True
+        """
+        seen: dict[str, set[str]] = {}
+        for pair in self.pairs(split):
+            for factor, level in pair.groups.items():
+                seen.setdefault(factor, set()).add(level)
+        return {factor: len(levels) for factor, levels in seen.items()}
 
     def nonsense(self) -> Task:
         """Return the nonsense twin: the same contexts and splits, with two unrelated targets.
@@ -113,19 +126,58 @@ class Task:
         twin = _with_targets(self, first)
         return replace(twin, name=f"{self.name}:nonsense", meaning="none", alternatives=tuple(rest))
 
-    def batch(self, tokenizer: PreTrainedTokenizerBase, split: str) -> TaskBatch:
+    def variant(self, kind: Literal["longer", "distractors"]) -> Task:
+        """Return the same pairs with the same text before both contexts, called `<name>:<kind>`.
+
+        - "longer": three texts of `filler`, which say nothing of the answer;
+        - "distractors": a solved prompt of another pair, that is its context, its target and
+          `ending`. In turn it is a first and a second context, so that it agrees with the right
+          answer for one of the two contexts and disagrees for the other. Where the second target is
+          "anything else" it is always a first context.
+
+        Both contexts of a pair still have equally many tokens, and only they differ. Raises
+        ValueError for another kind, and for "longer" without `filler`.
+
+        >>> from sparse import get_task
+        >>> get_task("single_double_quote").variant("distractors").name
+        'single_double_quote:distractors'
+        """
+        if kind not in VARIANTS:
+            raise ValueError(f"task {self.name} has no variant {kind!r}; there are {VARIANTS}")
+        if kind == "longer" and len(self.filler) < N_FILLERS * len(SPLITS):
+            raise ValueError(
+                f"task {self.name} has {len(self.filler)} texts of filler, and its variant "
+                f"'longer' needs {N_FILLERS * len(SPLITS)}; give Task(filler=...), texts that may "
+                "stand before any context"
+            )
+        before = _fillers if kind == "longer" else _solved
+        changed = {
+            s: tuple(
+                replace(p, context_1=text + p.context_1, context_2=text + p.context_2)
+                for p, text in zip(self.pairs(s), before(self, s), strict=True)
+            )
+            for s in SPLITS
+        }
+        return replace(self, name=f"{self.name}:{kind}", **changed)
+
+    def batch(
+        self, tokenizer: PreTrainedTokenizerBase, split: str, longest: int | None = None
+    ) -> TaskBatch:
         """Return the pairs of `split` as tokens, with the first targets that fit every split.
 
-        Targets fit when each is one token and, in every split that has pairs, at least LEAST_PAIRS
-        pairs remain. A pair is dropped, and counted under its reason in `TaskBatch.dropped`,
+        Every prompt begins with what the tokenizer puts before a text by default, such as a
+        begin-of-text token (docs/method.md#begin-of-text). Targets fit when enough pairs remain in
+        every split that has pairs: LEAST_PAIRS, and in train, where there is a validation split,
+        LEAST_TRAIN_PAIRS. A pair is dropped, and counted under its reason in `TaskBatch.dropped`,
 
         - when its contexts differ in their number of tokens;
         - when its two targets, or its two contexts, are the same tokens;
-        - when the tokenizer would not produce the target after its context: encode(context +
-          target) must be encode(context) + [target].
+        - when the tokenizer would not produce the target as one token after its context:
+          encode(context + target) must be encode(context) + [token];
+        - when its prompts have more than `longest` tokens, if that is given.
 
         The pairs' own targets are tried first, then `alternatives`. Raises ValueError where none
-        fit, or where the split is empty.
+        fit, with every reason and its remedy, or where the split is empty.
         """
         if not self.pairs(split):
             raise ValueError(f"task {self.name}: the {split} split is empty")
@@ -134,7 +186,17 @@ class Task:
             task = self if choice is None else _with_targets(self, choice)
             filled = [s for s in SPLITS if task.pairs(s)]
             try:
-                fitted = {s: _fit(task, tokenizer, s) for s in filled}
+                fitted = {
+                    s: fit(
+                        self.name,
+                        task.pairs(s),
+                        tokenizer,
+                        s,
+                        least_pairs(s, bool(self.validation)),
+                        longest,
+                    )
+                    for s in filled
+                }
             except ValueError as refusal:
                 refusals.append(str(refusal))
             else:
@@ -142,8 +204,29 @@ class Task:
         raise ValueError(
             f"task {self.name} does not fit this tokenizer ({len(tokenizer)} entries):\n  "
             + "\n  ".join(refusals)
-            + "\nuse another tokenizer, or a Task whose targets are single tokens of this one"
         )
+
+    def score(
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        split: str = "validation",
+    ) -> TaskScore:
+        """Return how well a model does the task: nats and accuracy beside chance, by group.
+
+        `model` is a DenseModel, a SparseGPT or any Hugging Face causal language model; the
+        tokenizer is by default its own, or that in the folder it was read from. Raises ValueError
+        where the tokenizer cannot express the task (`batch`) or is not the model's.
+
+        >>> from dense import tiny
+        >>> from sparse import get_task
+        >>> score = get_task("single_double_quote").score(tiny())
+        >>> score.does, score.nats < score.chance
+        (True, True)
+        """
+        tokenizer = tokenizer or tokenizer_of(model, "Task.score")
+        check_vocabulary(tokenizer, vocabulary_of(model))
+        return score_batch(model, self.batch(tokenizer, split, positions_of(model)))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the task as plain values; `from_dict` is its inverse."""
@@ -154,40 +237,45 @@ class Task:
         """Return the task that `to_dict` wrote; an unknown key is a ValueError."""
         values = checked(cls, values, "task")
         for split in SPLITS:
-            values[split] = tuple(_pair(p, f"task {split}") for p in values.get(split, ()))
+            values[split] = tuple(pair_of(p, f"task {split}") for p in values.get(split, ()))
         values["alternatives"] = tuple((a, b) for a, b in values.get("alternatives", ()))
+        values["filler"] = tuple(values.get("filler", ()))
         return cls(**values)
 
     @classmethod
-    def from_jsonl(cls, path: str | Path) -> Task:
+    def from_pairs(
+        cls, name: str, pairs: Iterable[Given], *, split_by: str | None = None, **fields: Any
+    ) -> Task:
+        """Return the task with these pairs.
+
+        A pair is a tuple (context_1, context_2, target_1, target_2), a dict with these keys and
+        perhaps `split` and `groups`, or a `Pair`. Of the pairs without a split, in order, the first
+        three of every five go to train, the fourth to validation, the fifth to test; with
+        `split_by`, a factor of their `groups`, its levels are dealt out so and not the pairs.
+        `fields` are further fields of a Task. 80 pairs fill all three splits (LEAST_PAIRS); where
+        the splits are given, 8 train, 16 validation and 16 test pairs are the least.
+
+        >>> from sparse import Task
+        >>> words = ["red", "blue", "big", "old", "new"]
+        >>> task = Task.from_pairs("mine", [(f'x = "{w}', f"x = '{w}", '"', "'") for w in words])
+        >>> len(task.train), len(task.validation), len(task.test)
+        (3, 1, 1)
+        """
+        return cls(name=name, **deal_out(read_pairs(pairs), split_by), **fields)
+
+    @classmethod
+    def from_jsonl(cls, path: str | Path, *, split_by: str | None = None) -> Task:
         """Return the task in a .jsonl file: one pair per line, and the file's name as its name.
 
-        A line is an object with context_1, context_2, target_1, target_2, and optionally split. Of
-        the pairs without a split, in order, the first three of every five go to train, the fourth
-        to validation, the fifth to test. Raises ValueError naming the line that cannot be read.
+        A line is an object with context_1, context_2, target_1, target_2, and optionally split and
+        groups; target_2 may be null (anything but target_1). Splits are dealt out as in
+        `from_pairs`. Raises ValueError naming the line that cannot be read.
         """
         path = Path(path)
-        found: dict[str, list[Pair]] = {split: [] for split in SPLITS}
-        n_free = 0
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                values = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where}: not JSON ({error}); one object per line") from error
-            if not isinstance(values, dict):
-                raise ValueError(f"{where}: a {type(values).__name__}; must be an object")
-            n_free += "split" not in values
-            split = values.pop("split", _turn(n_free - 1))
-            if split not in SPLITS:
-                raise ValueError(f"{where}: split {split!r} must be one of {SPLITS}")
-            found[split].append(_pair(values, where))
-        if not found["train"]:
-            raise ValueError(f"{path}: no train pair in it; give at least {LEAST_PAIRS}")
-        train, validation, test = (tuple(found[split]) for split in SPLITS)
-        return cls(name=path.stem, train=train, validation=validation, test=test)
+        splits = deal_out(read_jsonl(path), split_by)
+        if not splits["train"]:
+            raise ValueError(f"{path}: no train pair in it; give at least 8, and 16 of validation")
+        return cls(name=path.stem, **splits)
 
 
 def _with_targets(task: Task, targets: Targets) -> Task:
@@ -196,85 +284,20 @@ def _with_targets(task: Task, targets: Targets) -> Task:
     return replace(task, **{s: tuple(replace(p, **new) for p in task.pairs(s)) for s in SPLITS})
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[list[int]]:
-    return tokenizer(list(texts), add_special_tokens=False)["input_ids"]  # pyright: ignore
+def _fillers(task: Task, split: str) -> list[str]:
+    """Return three texts of filler for every pair; no text is in two splits."""
+    own = task.filler[SPLITS.index(split) :: len(SPLITS)]
+    n = range(len(task.pairs(split)))
+    return ["".join(own[(i + i // len(own) + j) % len(own)] for j in range(N_FILLERS)) for i in n]
 
 
-def _single(tokenizer: PreTrainedTokenizerBase, targets: set[str]) -> dict[str, int]:
-    """Return the one token of each target; raise ValueError for a target of several tokens."""
-    ordered = sorted(targets)
-    found: dict[str, int] = {}
-    for text, ids in zip(ordered, _encode(tokenizer, ordered), strict=True):
-        if len(ids) != 1:
-            starts = [text[:i] for i in range(len(text) - 1, 0, -1)]
-            whole = [s for s in starts if len(_encode(tokenizer, [s])[0]) == 1]
-            hint = f"; single tokens it begins with: {whole}" if whole else ""
-            pieces = tokenizer.convert_ids_to_tokens(ids)
-            raise ValueError(
-                f"target {text!r} is {len(ids)} tokens (ids {ids}, pieces {pieces}) "
-                f"but must be exactly 1{hint}"
-            )
-        found[text] = ids[0]
-    return found
-
-
-def _fit(task: Task, tokenizer: PreTrainedTokenizerBase, split: str) -> TaskBatch:
-    """Return one split as tokens, without the pairs that do not fit (`Task.batch`).
-
-    Raises ValueError when too few remain.
-    """
-    pairs = task.pairs(split)
-    token = _single(tokenizer, {t for p in pairs for t in (p.target_1, p.target_2)})
-    first = _encode(tokenizer, (p.context_1 for p in pairs))
-    second = _encode(tokenizer, (p.context_2 for p in pairs))
-    after_first = _encode(tokenizer, (p.context_1 + p.target_1 for p in pairs))
-    after_second = _encode(tokenizer, (p.context_2 + p.target_2 for p in pairs))
-    kept: list[int] = []
-    dropped: Counter[str] = Counter()
-    for i, p in enumerate(pairs):
-        if len(first[i]) != len(second[i]):
-            dropped["contexts of unequal length"] += 1
-        elif token[p.target_1] == token[p.target_2] or first[i] == second[i]:
-            dropped["equal targets or contexts"] += 1
-        elif [*first[i], token[p.target_1]] != after_first[i] or (
-            [*second[i], token[p.target_2]] != after_second[i]
-        ):
-            dropped["target merges with its context"] += 1
-        else:
-            kept.append(i)
-    if len(kept) < LEAST_PAIRS:
-        sample = sorted({(p.target_1, p.target_2) for p in pairs})[:3]
-        raise ValueError(
-            f"with targets {sample}, {len(kept)} of {len(pairs)} {split} pairs remain, at least "
-            f"{LEAST_PAIRS} must; dropped: {dict(dropped)}"
-        )
-    prompts = [first[i] for i in kept] + [second[i] for i in kept]
-    wanted = [token[pairs[i].target_1] for i in kept]
-    other = [token[pairs[i].target_2] for i in kept]
-    last = torch.tensor([len(prompt) - 1 for prompt in prompts])
-    width = int(last.max()) + 1
-    return TaskBatch(
-        task=task.name,
-        split=split,
-        ids=torch.tensor([prompt + [0] * (width - len(prompt)) for prompt in prompts]),
-        real=torch.arange(width) <= last[:, None],
-        last=last,
-        target=torch.tensor(wanted + other),
-        foil=torch.tensor(other + wanted),
-        targets=tuple(sorted({(pairs[i].target_1, pairs[i].target_2) for i in kept})),
-        dropped=dict(dropped),
-    )
-
-
-def _pair(values: dict[str, Any], where: str) -> Pair:
-    values = checked(Pair, values, where)
-    for f in fields(Pair):
-        text = values.get(f.name)
-        if not isinstance(text, str) or not text:
-            raise ValueError(f"{where}: {f.name} is {text!r}; it must be a non-empty string")
-    return Pair(**values)
-
-
-def _turn(i: int) -> str:
-    """Return the split of item i: of every five, three train, one validation, one test."""
-    return "train" if i % 5 < 3 else "validation" if i % 5 == 3 else "test"
+def _solved(task: Task, split: str) -> list[str]:
+    """Return, for every pair, a solved prompt of the next pair but two, of either kind in turn."""
+    pairs, texts = task.pairs(split), []
+    for i in range(len(pairs)):
+        other = pairs[(i + 3) % len(pairs)]
+        text = other.context_1 + other.target_1
+        if i % 2 and other.target_2 is not None:
+            text = other.context_2 + other.target_2
+        texts.append(text if text.endswith("\n") else text + task.ending)
+    return texts

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from sparse.circuits.circuit import Circuit
 from sparse.circuits.graph import Node, nodes_of
@@ -29,7 +29,9 @@ from sparse.model.gpt import SparseGPT
 from sparse.model.modes import still
 from sparse.ops.csr_linear import csr_products
 from sparse.tasks.batch import TaskBatch, check_vocabulary, logit_difference, task_nats
-from sparse.tasks.task import SPLITS, Task
+from sparse.tasks.own import SPLITS
+from sparse.tasks.score import DOES, positions_of, score_batch, tokenizer_of
+from sparse.tasks.task import Task
 
 from .calibration import calibrate, calibrated_nats
 from .config import PruneConfig
@@ -44,8 +46,13 @@ def prune(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     means: Values | None = None,
+    force: bool = False,
 ) -> Circuit:
     """Return the smallest circuit found whose validation loss is at most (1 - margin) target_loss.
+
+    The whole model must do the task: at most 0.3 nats (`sparse.tasks.score.DOES`) on the validation
+    split, or on train where there is no other. A circuit of a model that does not do the task would
+    explain nothing, so this is a ValueError, unless `force`; nonsense twins need it.
 
     The tokenizer and the node means come from the model's own folder unless they are given. Where
     no size that was tried reaches this goal, the one of least validation loss is returned; if that
@@ -59,7 +66,7 @@ def prune(
     >>> circuit.met, len(circuit) < circuit.n_total
     (True, True)
     """
-    tokenizer = tokenizer or _own_tokenizer(model)
+    tokenizer = tokenizer or tokenizer_of(model, "prune")
     check_vocabulary(tokenizer, model.config.vocab_size)
     empty = Circuit(
         task=task,
@@ -72,7 +79,10 @@ def prune(
         source=model.source,
     )
     device = next(model.parameters()).device
-    batches = {s: task.batch(tokenizer, s).to(device) for s in SPLITS if task.pairs(s)}
+    longest = positions_of(model)
+    batches = {s: task.batch(tokenizer, s, longest).to(device) for s in SPLITS if task.pairs(s)}
+    if not force:
+        _check_does(model, batches.get("validation", batches["train"]))
     with still(model), csr_products(model):
         tau = learn(model, batches["train"], config, empty.ablation)
         with torch.no_grad():
@@ -87,6 +97,17 @@ def prune(
         config={**asdict(config), **search},
     )
     return replace(circuit, notes=_notes(circuit))
+
+
+def _check_does(model: SparseGPT, batch: TaskBatch) -> None:
+    """Raise ValueError unless the whole model does the task."""
+    score = score_batch(model, batch)
+    if not score.does:
+        raise ValueError(
+            f"prune: the model does not do {batch.task}: {score.nats:.3f} nats on {batch.split}, "
+            f"where doing it is at most {DOES} and chance {score.chance:.3f}; train it longer, "
+            "choose a task that it does (sparse.task_table), or pass force=True to prune anyway"
+        )
 
 
 def _choose(
@@ -173,16 +194,3 @@ def _notes(circuit: Circuit) -> tuple[str, ...]:
     if full > target:
         notes.append(f"the full model itself is at {full:.3f} {split} nats, above {target}")
     return tuple(notes)
-
-
-def _own_tokenizer(model: SparseGPT) -> PreTrainedTokenizerBase:
-    if model.source is None:
-        raise ValueError(
-            "prune: the model was made in memory, so it has no folder; pass tokenizer="
-        )
-    try:
-        return AutoTokenizer.from_pretrained(model.source.folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"prune: no tokenizer in {model.source.folder} ({error}); pass tokenizer="
-        ) from error

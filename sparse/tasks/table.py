@@ -1,0 +1,104 @@
+"""Can my model do it? One row per task: its loss beside chance, or why it cannot be asked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from .batch import CHANCE, check_vocabulary
+from .score import (
+    DOES,
+    TaskScore,
+    positions_of,
+    score_batch,
+    tokenizer_of,
+    vocabulary_of,
+)
+from .suite import get_task, task_names
+from .task import Task
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Refused:
+    """A task that a tokenizer cannot express, and why."""
+
+    task: str
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TaskTable:
+    """What one model does of several tasks, on one split."""
+
+    split: str
+    scores: tuple[TaskScore, ...]
+    """The tasks that its tokenizer can express."""
+    refused: tuple[Refused, ...]
+    """The others."""
+
+    def does(self) -> tuple[str, ...]:
+        """Return the names of the tasks that the model does: at most DOES nats."""
+        return tuple(score.task for score in self.scores if score.does)
+
+    def brief(self) -> str:
+        """Return one line per task, and one for every task that cannot be asked."""
+        lines = [f"  {score}" for score in self.scores]
+        lines += [f"  {r.task} cannot be asked: {r.why.splitlines()[0]}" for r in self.refused]
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        width = max(len("task"), *(len(s.task) for s in self.scores))
+        rows = [("task", "nats", "s.e.", "accuracy", "pairs", "frames", "worst frame", "")]
+        for s in sorted(self.scores, key=lambda s: s.nats):
+            numbers = (f"{s.nats:.3f}", f"{s.stderr:.3f}", f"{s.accuracy:.2f}", str(s.n_pairs))
+            frames = str(s.levels.get("frame", "-"))
+            word = "does it" if s.does else ""
+            rows.append((s.task, *numbers, frames, f"{s.worst[1]:.3f}", word))
+        rows.append(("chance", f"{CHANCE:.3f}", "", "0.50", "", "", "", ""))
+        lines = [
+            f"{name:{width}}"
+            + "".join(f"{cell:>{10 + 2 * (i == 5)}}" for i, cell in enumerate(row))
+            for name, *row in rows
+        ]
+        lines.append(f"{self.split} split; to do a task is at most {DOES} nats per prompt")
+        lines += [f"cannot be asked: {refused.why}" for refused in self.refused]
+        return "\n".join(lines)
+
+
+def task_table(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    tasks: Iterable[Task | str] | None = None,
+    *,
+    split: str = "validation",
+    progress: bool = False,
+) -> TaskTable:
+    """Return what a model does of some tasks, by default of all built-in ones.
+
+    `model` and `tokenizer` are as in `Task.score`. A task that the tokenizer cannot express is
+    listed with the reason, beside those that were scored.
+
+    >>> from dense import tiny
+    >>> from sparse import task_table
+    >>> table = task_table(tiny(), tasks=["while_return_true", "pronoun"])
+    >>> table.does(), [refused.task for refused in table.refused]
+    (('while_return_true',), ['pronoun'])
+    """
+    tokenizer = tokenizer or tokenizer_of(model, "task_table")
+    check_vocabulary(tokenizer, vocabulary_of(model))
+    asked = [
+        get_task(t) if isinstance(t, str) else t for t in (task_names() if tasks is None else tasks)
+    ]
+    scores, refused = [], []
+    for task in tqdm(asked, desc="tasks", disable=not progress, leave=False):
+        try:
+            batch = task.batch(tokenizer, split, positions_of(model))
+        except ValueError as error:
+            refused.append(Refused(task=task.name, why=str(error)))
+        else:
+            scores.append(score_batch(model, batch))
+    return TaskTable(split=split, scores=tuple(scores), refused=tuple(refused))

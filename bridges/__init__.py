@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .maps.bridge import BridgeConfig, BridgeSet
     from .maps.site_map import even_sites, fit_sites
     from .run_folder import Run, load_run, save_run
+    from .task_circuits import choose_tasks, find_circuits
     from .training.config import CotrainConfig, LossWeights
     from .training.cotrain import cotrain
     from .training.torch_compile import compiled
@@ -33,9 +34,11 @@ __all__ = [
     "Run",
     "Steering",
     "StepTime",
+    "choose_tasks",
     "compiled",
     "cotrain",
     "even_sites",
+    "find_circuits",
     "fit_sites",
     "load_run",
     "map_circuit",
@@ -50,6 +53,8 @@ _HOME = {
     "BridgeSet": "maps.bridge",
     "CotrainConfig": "training.config",
     "LossWeights": "training.config",
+    "choose_tasks": "task_circuits",
+    "find_circuits": "task_circuits",
     "compiled": "training.torch_compile",
     "cotrain": "training.cotrain",
     "Plan": "cost.plan",

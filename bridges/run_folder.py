@@ -5,6 +5,7 @@ RUN/sparse/                  config, safetensors, tokenizer, node_means.safetens
 RUN/bridges/                 state.json, bridges.safetensors
 RUN/heldout.safetensors      validation blocks that no training step saw
 RUN/circuits/<task>/         circuit.json, circuit.safetensors
+RUN/skipped.json             the tasks that got no circuit, and why
 RUN/log.jsonl, checkpoints/  what training wrote
 
 A fingerprint is a hash of a model's weights; it shows whether two files belong to the same model.
@@ -35,6 +36,7 @@ from sparse.storage.atomic import replace_files
 
 SCHEMA_VERSION = 1
 TINY = Path(__file__).parent / "tiny_run"
+SKIPPED = "skipped.json"
 RESTORE = "restore it, or start the training command again"
 PACKAGES = ("torch", "transformers", "accelerate", "nnsight", "safetensors", "scipy", "numpy")
 
@@ -69,6 +71,16 @@ class Run:
         found = [path for at in places for path in sorted(at.glob("circuits/*/circuit.json"))]
         loaded = (Circuit.load(path.parent) for path in found)
         return {circuit.task.name: circuit for circuit in loaded}
+
+    def skipped(self) -> dict[str, str]:
+        """Return {task name: reason} of the tasks that got no circuit (`find_circuits`)."""
+        for folder in dict.fromkeys((self.output, self.folder)):
+            if (path := folder / SKIPPED).is_file():
+                try:
+                    return dict(json.loads(path.read_text()))
+                except (ValueError, TypeError) as error:
+                    raise ValueError(f"{path} is broken ({error}); delete it") from error
+        return {}
 
     def circuit_folder(self, task_name: str) -> Path:
         """Return the folder in which a new circuit for a task is saved."""
@@ -114,6 +126,8 @@ class Run:
         for name, circuit in self.circuits().items():
             replace(circuit, source=copy).save(folder / "circuits" / name.replace(":", "-"))
         files = {"heldout.safetensors": save({"blocks": self.heldout()})}
+        if skipped := self.skipped():
+            files[SKIPPED] = json.dumps(skipped, indent=1).encode()
         replace_files(folder, files | {"manifest.json": json.dumps(self.manifest, indent=1)})
 
 

@@ -75,7 +75,7 @@ def evaluate_run(
         sections=sections,
         curves=tuple(curves),
         graphs=tuple(graph(run.sparse, found[name]) for name in names),
-        notes=_notes({name: found[name] for name in names}, sections["Bridges"]),
+        notes=_notes({name: found[name] for name in names}, sections["Bridges"], run.skipped()),
         provenance=provenance(**facts),
     )
 
@@ -107,11 +107,14 @@ def _in_the_sparse_model(
     )
 
 
-def _notes(circuits: Mapping[str, Circuit], bridges: Sequence[Score]) -> tuple[str, ...]:
+def _notes(
+    circuits: Mapping[str, Circuit], bridges: Sequence[Score], skipped: Mapping[str, str]
+) -> tuple[str, ...]:
     """Return what a reader must know before believing the numbers."""
     notes = [f"{name}: {note}" for name, circuit in circuits.items() for note in circuit.notes]
     if not circuits:
         notes.append("no circuit in this run: only the bridges were measured")
+    notes += [f"{name} has no circuit: {why.splitlines()[0]}" for name, why in skipped.items()]
     if not any(row.key.startswith("bridge.recovered") for row in bridges):
         notes.append(NO_ROOM)
     return tuple(notes)

@@ -2,7 +2,8 @@
 
     python examples/find_circuit.py runs/tiny-demo --task bracket_counting
 
-A task is a built-in name, "<name>:nonsense" for its control, or a .jsonl file of pairs:
+A task is a built-in name or a .jsonl file of pairs, perhaps with ":nonsense" for its control,
+":longer" or ":distractors" behind it. A line of the file is
 {"context_1": "...", "target_1": "...", "context_2": "...", "target_2": "...", "split": "train"}
 """
 
@@ -21,17 +22,21 @@ def main() -> None:
     p.add_argument("--target_loss", type=float, default=0.15, help="nats per prompt to reach")
     p.add_argument("--prune_steps", type=int, default=600, help="optimizer steps on the masks")
     p.add_argument("--ablation", choices=["mean", "zero"], default="mean", help="of other nodes")
+    p.add_argument("--force", action="store_true", help="prune even if the twin cannot do the task")
     args = p.parse_args()
 
     from bridges import load_run
-    from sparse import PruneConfig, Task, get_task, prune
+    from sparse import PruneConfig, get_task, prune
 
+    task = get_task(args.task)
     run = load_run(args.run_dir)
-    task = Task.from_jsonl(args.task) if args.task.endswith(".jsonl") else get_task(args.task)
+    print(f"dense model: {task.score(run.dense, run.tokenizer)}")
+    print(f"twin:        {task.score(run.sparse, run.tokenizer)}")
     config = PruneConfig(
         target_loss=args.target_loss, n_steps=args.prune_steps, ablation=args.ablation
     )
-    circuit = prune(run.sparse, task, config)
+    forced = args.force or task.name.endswith(":nonsense")  # nobody does a nonsense task
+    circuit = prune(run.sparse, task, config, tokenizer=run.tokenizer, force=forced)
     folder = run.circuit_folder(task.name)
     circuit.save(folder)
 

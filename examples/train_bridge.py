@@ -101,6 +101,18 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--bridge_lr", type=float, help="peak learning rate of the bridges")
     p.add_argument("--hybrid_weight", type=float, help="weight of the hybrid passes in the loss")
     p.add_argument("--prune_steps", type=int, help="optimizer steps of the pruning")
+    task_arguments(p)
+    p.add_argument("--mixed_precision", choices=["no", "bf16"], help="default: the preset's")
+    p.add_argument("--accumulate", type=int, help="passes per step, each on its share of the batch")
+    p.add_argument("--compile", action="store_true", help="torch.compile both models' sublayers")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--threads", type=int, help="CPU threads per process; default: its share")
+    p.add_argument("--processes", type=int, help="refuse to train on another number of processes")
+    p.add_argument("--shard", action="store_true", help="split the parameters among processes")
+    return p
+
+
+def task_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--tasks",
         nargs="*",
@@ -112,14 +124,6 @@ def parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         help="prune circuits of tasks that a model does not do, too",
     )
-    p.add_argument("--mixed_precision", choices=["no", "bf16"], help="default: the preset's")
-    p.add_argument("--accumulate", type=int, help="passes per step, each on its share of the batch")
-    p.add_argument("--compile", action="store_true", help="torch.compile both models' sublayers")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--threads", type=int, help="CPU threads per process; default: its share")
-    p.add_argument("--processes", type=int, help="refuse to train on another number of processes")
-    p.add_argument("--shard", action="store_true", help="split the parameters among processes")
-    return p
 
 
 def site_map(text: str) -> dict[int, int]:
@@ -167,7 +171,9 @@ def main() -> None:
     args = parse()
     from accelerate import Accelerator
 
-    chosen_tasks(args.tasks or ())  # an unknown one is told before anything is loaded
+    from bridges import choose_tasks
+
+    choose_tasks(args.tasks or ())  # an unknown one is told before anything is loaded
     state = join_processes(args)
     dense = open_dense(args, state.print)
     fill_defaults(args, dense, state.device, state.num_processes)
@@ -179,7 +185,7 @@ def main() -> None:
     if not args.plan:
         run = train_pair(args, dense, accelerator)
         if accelerator.is_main_process:
-            find_circuits(args, run, accelerator.print)
+            prune_circuits(args, run, accelerator.print)
             report(args, run, accelerator.print)
     accelerator.end_training()
 
@@ -330,67 +336,24 @@ def build(args, dense):
     return sparse, BridgeSet(shape, seed=args.seed), config
 
 
-def chosen_tasks(names) -> list:
-    """The tasks that were asked for; ["all"] is every built-in one."""
-    from sparse import get_task, task_names
-
-    tasks = [get_task(name) for name in (task_names() if list(names) == ["all"] else names)]
-    if twice := {t.name for i, t in enumerate(tasks) if t.name in {u.name for u in tasks[:i]}}:
-        raise ValueError(f"--tasks: {sorted(twice)} twice; circuits are kept by task name")
-    return tasks
-
-
 def tell_tasks(args, dense, say) -> None:
     """Say before anything is trained what the dense model does of the tasks."""
+    from bridges import choose_tasks
     from sparse import task_table
 
-    table = task_table(dense, tasks=chosen_tasks(args.tasks))
+    table = task_table(dense, tasks=choose_tasks(args.tasks))
     say(f"what the dense model does of the tasks:\n{table.brief()}")
     if not table.does() and not args.force:
         say("it does none of them, so no circuit will be pruned; --force prunes anyway")
 
 
-def find_circuits(args, run, say) -> None:
-    """Prune a circuit for every task that both models do, and one for its nonsense twin.
-
-    Circuits that were made just so before are kept.
-    """
-    from dataclasses import asdict
-
-    from sparse import PruneConfig, prune
+def prune_circuits(args, run, say) -> None:
+    """Prune a circuit for every task that both models do, and one for its nonsense twin."""
+    from bridges import choose_tasks, find_circuits
+    from sparse import PruneConfig
 
     config = PruneConfig(n_steps=args.prune_steps, seed=args.seed)
-    done, mark, settings = run.circuits(), run.sparse.fingerprint(), asdict(config)
-    for task in chosen_tasks(args.tasks):
-        if why := why_not(run, task, args.force):
-            say(f"skipped {task.name}: {why}")
-            continue
-        for wanted in (task, task.nonsense()):
-            if made_so(done.get(wanted.name), mark, settings):
-                continue
-            circuit = prune(run.sparse, wanted, config, force=True)  # both models do the task
-            circuit.save(run.circuit_folder(wanted.name))
-            say(str(circuit))
-
-
-def why_not(run, task, force: bool) -> str:
-    """Why a task gets no circuit, or ""."""
-    for name, model in (("dense model", run.dense), ("twin", run.sparse)):
-        try:
-            score = task.score(model, run.tokenizer)
-            task.nonsense().batch(run.tokenizer, "train")
-        except ValueError as error:
-            return str(error)
-        if not score.does and not force:
-            return f"the {name} does not do it; {score}"
-    return ""
-
-
-def made_so(circuit, fingerprint: str, settings: dict) -> bool:
-    """Whether there is a circuit, of this model, and pruned with these settings."""
-    if circuit is None or circuit.model_fingerprint != fingerprint:
-        return False
-    return settings.items() <= circuit.config.items()
+    find_circuits(run, choose_tasks(args.tasks), config, force=args.force, say=say)
 
 
 def report(args, run, say) -> None:

@@ -33,7 +33,7 @@ from .tasks.batch import task_nats
 from .tasks.pair import Pair
 from .tasks.score import TaskScore
 from .tasks.suite import get_task, task_names
-from .tasks.table import TaskTable, task_table
+from .tasks.suite.table import TaskTable, task_table
 from .tasks.task import Task
 from .text.batches import Batches, StreamingBatches, first_blocks
 from .text.corpus import load_corpus, stream_corpus

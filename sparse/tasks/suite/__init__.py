@@ -9,11 +9,11 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
+from sparse.tasks.recipe import Recipe, make
 from sparse.tasks.task import VARIANTS, Task
 
 from .english import facts, grammar, people
 from .python import blocks, brackets, strings
-from .recipe import Recipe, make
 
 PYTHON: dict[str, Recipe] = {
     "single_double_quote": strings.SINGLE_DOUBLE_QUOTE,

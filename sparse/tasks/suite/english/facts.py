@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sparse.tasks.suite.recipe import PerSplit, Recipe
+from sparse.tasks.recipe import PerSplit, Recipe
 
 from .settings import AFTER, FILLER
 

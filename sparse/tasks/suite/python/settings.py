@@ -6,7 +6,7 @@ since these are what the tasks ask about.
 
 from __future__ import annotations
 
-from sparse.tasks.suite.recipe import PerSplit
+from sparse.tasks.recipe import PerSplit
 
 ANYWHERE = PerSplit(
     train=(

@@ -9,8 +9,8 @@ from typing import Any
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .batch import CHANCE, check_vocabulary
-from .score import (
+from sparse.tasks.batch import CHANCE, check_vocabulary
+from sparse.tasks.score import (
     DOES,
     TaskScore,
     positions_of,
@@ -18,8 +18,9 @@ from .score import (
     tokenizer_of,
     vocabulary_of,
 )
-from .suite import get_task, task_names
-from .task import Task
+from sparse.tasks.task import Task
+
+from . import get_task, task_names
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -42,7 +42,9 @@ def main() -> None:
     print(f"{folder}: {model.num_parameters():,} weights; {nats:.3f} nats per token of {args.text}")
     if args.folder is None:
         task, few = get_task("single_double_quote"), PruneConfig(n_steps=4, clean_up=0)
-        found = prune(model, task, few, tokenizer=tokenizer, means=node_means(model, ids))
+        found = prune(
+            model, task, few, tokenizer=tokenizer, means=node_means(model, ids), force=True
+        )
         replay = release.Replay(circuit=found.resized(20), batch=task.batch(tokenizer, "train"))
         args.circuit = folder / "viz_data.pt"
         release.save_circuit(replay, model, args.circuit)

@@ -132,7 +132,7 @@ def circuit_row(args, model, name, seed, tokenizer, train) -> dict:
         seed=seed,
     )
     means = node_means(model, train[:256])
-    circuit = prune(model, task, config, tokenizer=tokenizer, means=means)
+    circuit = prune(model, task, config, tokenizer=tokenizer, means=means, force=True)
     controls = [circuit.random(model, draw) for draw in range(5)]
     batch = task.batch(tokenizer, "validation")
     lost = []

@@ -22,7 +22,6 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from sparse.circuits.circuit import Circuit
@@ -32,8 +31,9 @@ from sparse.circuits.score import circuit_logits, last_logits
 from sparse.model.config import FINAL
 from sparse.model.gpt import SparseGPT
 from sparse.model.modes import still
-from sparse.tasks.batch import TaskBatch, check_vocabulary, task_nats
-from sparse.tasks.task import Pair, Task
+from sparse.tasks.batch import REST, TaskBatch, check_vocabulary, task_nats
+from sparse.tasks.pair import Pair
+from sparse.tasks.task import Task
 
 from .files import read_torch
 
@@ -54,20 +54,16 @@ class Replay:
 
     circuit: Circuit
     batch: TaskBatch
-    one_sided: bool = False
-    """Whether class 2 has no target of its own: its prompts are scored by the probability, over the
-    whole vocabulary, that the target of class 1 does not follow (docs/method.md#task-loss)."""
     stored: float | None = None
     """The loss of the circuit that the file gives, in nats per prompt; None where it gives none."""
 
     def loss(self, model: SparseGPT, whole: bool = False) -> float:
         """Return the task loss of the circuit in nats per prompt, mean over all prompts.
 
-            two targets    softplus(foil - target)
-            one-sided      -log p(target) in class 1,    -log(1 - p(target)) in class 2
-
-        With `whole`, return the loss of the whole model. Raises ValueError for another model than
-        the circuit's.
+        It is `task_nats`. Where class 2 has no target of its own, its prompts are scored by the
+        probability, over the whole vocabulary, that the target of class 1 does not follow. With
+        `whole`, return the loss of the whole model. Raises ValueError for another model than the
+        circuit's.
         """
         self.circuit.check(model)
         return self.measure(model, None if whole else self.circuit)
@@ -81,16 +77,13 @@ class Replay:
         """
         with still(model):
             if circuit is None:
-                return self._nats(last_logits(model, self.batch))
-            return self._nats(circuit_logits(model, self.batch, circuit.masks(), circuit.ablation))
+                return _nats(last_logits(model, self.batch), self.batch)
+            logits = circuit_logits(model, self.batch, circuit.masks(), circuit.ablation)
+            return _nats(logits, self.batch)
 
-    def _nats(self, logits: Float[Tensor, "prompt vocab"]) -> float:
-        if not self.one_sided:
-            return task_nats(logits, self.batch).mean().item()
-        n = self.batch.n_pairs
-        logp = F.log_softmax(logits.double(), dim=-1)
-        logp = logp.gather(1, self.batch.target[:, None])[:, 0]
-        return torch.cat([-logp[:n], -(-logp[n:].expm1()).log()]).mean().item()
+
+def _nats(logits: Float[Tensor, "prompt vocab"], batch: TaskBatch) -> float:
+    return task_nats(logits.double(), batch).mean().item()
 
 
 def load_circuit(
@@ -107,7 +100,7 @@ def load_circuit(
     """Return the circuit in a `viz_data.pt`, with its prompts and the loss stored for it.
 
     targets: the text that should follow the prompts of class 1 and of class 2, each one token; None
-        for the second where the task only asks whether the first follows (`Replay.one_sided`).
+        for the second where the task only asks whether the first follows (a one-sided task).
     means: the values of the nodes that are not kept; by default the means in the model's folder
         (`sparse.circuits.means.save_means`).
     ablation: "zero" takes zeros in the place of the means.
@@ -127,7 +120,7 @@ def load_circuit(
     >>> run = load_run("tiny")
     >>> circuit = run.circuits()["single_double_quote"].resized(2)
     >>> batch = circuit.task.batch(run.tokenizer, "test").take(torch.arange(2))
-    >>> replay = release.Replay(circuit=circuit, batch=batch, one_sided=False, stored=None)
+    >>> replay = release.Replay(circuit=circuit, batch=batch, stored=None)
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     release.save_circuit(replay, run.sparse, f"{folder}/viz_data.pt")
     ...     again = release.load_circuit(
@@ -141,7 +134,7 @@ def load_circuit(
     data, importances = _parts(path, values)
     _check_model(path, importances.get("beeg_model_config"), model)
     nodes = _nodes(path, data, model)
-    batch, one_sided = _batch(path, importances, tokenizer, targets, model)
+    batch = _batch(path, importances, tokenizer, targets, model)
     parents = [p.name for p in path.resolve().parents]
     task = _task(batch, tokenizer, name or (parents[2] if len(parents) > 3 else path.stem))
     stored = importances.get("interv_loss")
@@ -163,7 +156,7 @@ def load_circuit(
         notes=tuple(notes),
     )
     half = None if stored is None else float(stored) / 2
-    return Replay(circuit=circuit, batch=batch, one_sided=one_sided, stored=half)
+    return Replay(circuit=circuit, batch=batch, stored=half)
 
 
 def _parts(path: Path, values: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -203,8 +196,8 @@ def _batch(
     tokenizer: PreTrainedTokenizerBase,
     targets: tuple[str, str | None],
     model: SparseGPT,
-) -> tuple[TaskBatch, bool]:
-    """Return the prompts as tokens, and whether class 2 has no target of its own."""
+) -> TaskBatch:
+    """Return the prompts as tokens."""
     check_vocabulary(tokenizer, model.config.vocab_size)
     ids: Int[Tensor, "prompt pos"] = importances["task_samples"][0].long()
     n, width = ids.shape
@@ -215,7 +208,7 @@ def _batch(
             f"{model.config.vocab_size}; there are {n}, the largest token is {int(ids.max())}"
         )
     a = _token(tokenizer, targets[0])
-    b = a if targets[1] is None else _token(tokenizer, targets[1])
+    b = REST if targets[1] is None else _token(tokenizer, targets[1])
     target = torch.tensor([a] * (n // 2) + [b] * (n // 2))
     batch = TaskBatch(
         task=path.stem,
@@ -225,10 +218,10 @@ def _batch(
         last=real.sum(1) - 1,
         target=target,
         foil=target.roll(n // 2),
-        targets=((targets[0], targets[1] or f"not {targets[0]}"),),
+        targets=(targets,),
         dropped={},
     )
-    return batch.take(torch.arange(n // 2)), targets[1] is None
+    return batch.take(torch.arange(n // 2))
 
 
 def _token(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
@@ -242,9 +235,10 @@ def _task(batch: TaskBatch, tokenizer: PreTrainedTokenizerBase, name: str) -> Ta
     rows = [row[mask].tolist() for row, mask in zip(batch.ids, batch.real, strict=True)]
     texts = [str(tokenizer.decode(row)) for row in rows]
     first, second = batch.targets[0]
-    targets = {"target_1": first, "target_2": second}
     halves = zip(texts[: batch.n_pairs], texts[batch.n_pairs :], strict=True)
-    pairs = tuple(Pair(context_1=a, context_2=b, **targets) for a, b in halves)
+    pairs = tuple(
+        Pair(context_1=a, context_2=b, target_1=first, target_2=second) for a, b in halves
+    )
     return Task(name=name, train=pairs, meaning="the prompts stored with a released circuit")
 
 

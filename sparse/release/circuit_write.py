@@ -39,7 +39,7 @@ def save_circuit(replay: Replay, model: SparseGPT, path: str | Path) -> None:
     >>> run = load_run("tiny")
     >>> circuit = run.circuits()["single_double_quote"].resized(2)
     >>> batch = circuit.task.batch(run.tokenizer, "test").take(torch.arange(2))
-    >>> replay = release.Replay(circuit=circuit, batch=batch, one_sided=False, stored=None)
+    >>> replay = release.Replay(circuit=circuit, batch=batch, stored=None)
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     release.save_circuit(replay, run.sparse, f"{folder}/viz_data.pt")
     ...     os.listdir(folder)

@@ -9,7 +9,8 @@ import torch
 from bridges.maps.bridge import BridgeConfig, BridgeSet
 from dense import DenseModel
 from sparse.circuits.circuit import Circuit
-from sparse.tasks.task import Pair, Task
+from sparse.tasks.pair import Pair
+from sparse.tasks.task import Task
 from tests.helpers.pair import LENGTH, VOCAB, WORDS, build_dense, build_sparse, build_tokenizer
 
 

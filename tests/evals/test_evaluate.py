@@ -18,8 +18,8 @@ from evals.report.schema_1 import with_keys
 from sparse.circuits.pruning.config import PruneConfig
 from sparse.circuits.pruning.prune import prune
 from sparse.circuits.view.graph import graph
+from sparse.tasks.own import SPLITS
 from sparse.tasks.suite import get_task
-from sparse.tasks.task import SPLITS
 
 QUICK = PruneConfig(n_steps=30, lr=5e-2, clean_up=0.0, target_loss=0.3)
 

@@ -4,14 +4,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from sparse.circuits.means import node_means
 from sparse.model.config import SparseGPTConfig
 from sparse.model.gpt import SparseGPT
-from sparse.tasks.suite import get_task, task_names
-from sparse.tasks.task import Pair, Task
+from sparse.tasks.pair import Pair
+from sparse.tasks.task import Task
+from tests.helpers.tokenizers import gpt2_kind
 
 N_FILLERS = 11
 FILLERS = [f"w{i}" for i in range(12)]
@@ -20,21 +21,7 @@ FILLERS = [f"w{i}" for i in range(12)]
 @pytest.fixture(scope="session")
 def bpe() -> PreTrainedTokenizerFast:
     """A byte-level BPE with GPT-2's way of splitting, trained on the built-in tasks themselves."""
-    texts = [
-        context + target
-        for name in task_names()
-        for split in ("train", "validation", "test")
-        for pair in get_task(name).pairs(split)
-        for context in (pair.context_1, pair.context_2)
-        for target in (pair.target_1, pair.target_2, " is", " when")
-    ]
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=1200, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    return gpt2_kind()
 
 
 @pytest.fixture(scope="session")

@@ -17,8 +17,8 @@ from sparse.circuits.pruning.config import PruneConfig
 from sparse.circuits.pruning.prune import prune
 from sparse.model.gpt import SparseGPT
 from sparse.storage.card import OURS, Card
+from sparse.tasks.own import SPLITS
 from sparse.tasks.suite import get_task
-from sparse.tasks.task import SPLITS
 
 TASK = "single_double_quote"
 FACTS = {

@@ -1,9 +1,10 @@
 import math
 from dataclasses import replace
 
+import pytest
 import torch
 
-from sparse.tasks.batch import TaskBatch, task_nats
+from sparse.tasks.batch import REST, TaskBatch, check_vocabulary, logit_difference, task_nats
 from sparse.tasks.suite import get_task
 
 
@@ -19,6 +20,45 @@ def test_the_loss_is_cross_entropy_between_the_two_tokens_and_ln_2_by_chance(bpe
     assert not torch.allclose(task_nats(logits, swapped), oracle)
 
 
+def test_a_one_sided_loss_is_the_log_probability_over_the_whole_vocabulary(bpe):
+    batch = get_task("else_elif").batch(bpe, "test")
+    n = batch.n_pairs
+    assert batch.one_sided and (batch.foil[:n] == REST).all() and (batch.target[n:] == REST).all()
+    logits = torch.randn(2 * n, len(bpe), dtype=torch.float64, requires_grad=True)
+    token = batch.target[:n].repeat(2)
+    logp = logits.log_softmax(-1).gather(1, token[:, None])[:, 0]
+    oracle = torch.cat([-logp[:n], -(-logp[n:].exp()).log1p()])
+    loss = task_nats(logits, batch)
+    torch.testing.assert_close(loss, oracle)
+    ours, theirs = (
+        torch.autograd.grad(x.sum(), logits, retain_graph=True)[0] for x in (loss, oracle)
+    )
+    torch.testing.assert_close(ours, theirs)
+    p = torch.sigmoid(logit_difference(logits, batch))
+    torch.testing.assert_close(p[:n], logp[:n].exp())
+    two_sided = replace(batch, targets=((":", "("),), target=token, foil=token.roll(1) * 0 + 5)
+    assert not torch.allclose(task_nats(logits, two_sided), oracle)  # control: REST matters
+
+
+def test_one_sided_and_other_pairs_may_stand_in_one_batch(bpe):
+    """Every row is scored by its own rule: the batch gives what its parts give."""
+    one, two = (get_task(name).batch(bpe, "test") for name in ("else_elif", "for_while"))
+    rows = 4
+    mixed = replace(
+        one.take(torch.arange(rows)),
+        target=torch.cat([one.target[:rows], two.target[:rows]]),
+        foil=torch.cat([one.foil[:rows], two.foil[:rows]]),
+    )
+    logits = torch.randn(2 * rows, len(bpe))
+    separate = torch.cat(
+        [
+            task_nats(logits.roll(0), replace(one, target=mixed.target, foil=mixed.foil))[:rows],
+            task_nats(logits[rows:], replace(two, target=two.target[:rows], foil=two.foil[:rows])),
+        ]
+    )
+    torch.testing.assert_close(task_nats(logits, mixed), separate)
+
+
 def test_scored_counterfactual_and_take_pick_the_right_rows(bpe):
     batch = get_task("while_return_true").batch(bpe, "test")
     n = batch.n_pairs
@@ -32,8 +72,27 @@ def test_scored_counterfactual_and_take_pick_the_right_rows(bpe):
     width = part.ids.shape[1]
     assert torch.equal(part.ids, batch.ids[[5, 2, 5 + n, 2 + n], :width])
     assert torch.equal(part.foil, batch.foil[[5, 2, 5 + n, 2 + n]])
+    frames = batch.groups["frame"]
+    assert part.groups["frame"] == (frames[5], frames[2]) and len(frames) == n
+
+
+def test_levels_count_the_units_that_pairs_share_and_not_the_pairs(bpe):
+    batch = get_task("while_return_true").batch(bpe, "test")
+    assert batch.levels()["frame"] == len(set(batch.groups["frame"])) < batch.n_pairs
+    frames = batch.groups["frame"]
+    same = [i for i in range(batch.n_pairs) if frames[i] == frames[0]]
+    assert batch.take(torch.tensor(same)).levels()["frame"] == 1
+    assert replace(batch, groups={"word": ("", "a", "b")}).levels() == {"word": 2}
 
 
 def test_a_batch_is_not_compared_by_value_and_moves_whole(bpe):
     batch = get_task("single_double_quote").batch(bpe, "test")
     assert isinstance(batch, TaskBatch) and batch.to("meta").ids.device.type == "meta"
+
+
+def test_a_tokenizer_must_match_the_models_vocabulary(bpe):
+    n = len(bpe)
+    check_vocabulary(bpe, n)
+    for size in (n - 1, int(1.06 * n)):
+        with pytest.raises(ValueError, match=f"{n} entries but the model has {size}"):
+            check_vocabulary(bpe, size)

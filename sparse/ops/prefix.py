@@ -37,15 +37,14 @@ def prefix_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     whole = _encoded(tokenizer)
     if plain == whole:
         return ()
-    found = set.intersection(*map(_prefixes, whole, plain))
+    places = [_prefixes(a, b) for a, b in zip(whole, plain, strict=True)]
+    found = set.intersection(*places)
     if len(found) != 1:
-        i = next(
-            (i for i, pair in enumerate(zip(whole, plain, strict=True)) if not _prefixes(*pair)), 0
-        )
+        i = min(range(len(PROBES)), key=lambda i: len(places[i]))  # one that was not found, if any
         raise ValueError(
             f"it is unclear which special tokens this tokenizer puts before a text: {PROBES[i]!r} "
-            f"is {whole[i]} by default and {plain[i]} without special tokens; they may be added "
-            "before and after the tokens of a text, the same ones for every text: set "
+            f"is {whole[i]} by default and {plain[i]} without special tokens; special tokens may "
+            "only stand before and after the tokens of a text, the same ones for every text: set "
             "tokenizer.add_bos_token, or give the tokenizer another post-processor"
         )
     return found.pop()
@@ -61,11 +60,14 @@ def begin(blocks: Int[Tensor, "block text"], prefix: Sequence[int]) -> Int[Tenso
 
 def check_begin(blocks: Int[Tensor, "block pos"], prefix: Sequence[int], who: str) -> None:
     """Raise ValueError unless every block begins with the prefix."""
-    n = len(prefix)
-    begins = blocks[:, :n].cpu()
-    wrong = (begins != begins.new_tensor(prefix)).any(1) if begins.shape[1] == n else None
-    if n and (wrong is None or wrong.any()):
-        i = 0 if wrong is None else int(wrong.nonzero()[0])
+    if not prefix:
+        return
+    begins = blocks[:, : len(prefix)].cpu()
+    wrong = torch.ones(len(begins), dtype=torch.bool)
+    if begins.shape[1] == len(prefix):
+        wrong = (begins != begins.new_tensor(prefix)).any(1)
+    if wrong.any():
+        i = int(wrong.nonzero()[0])
         raise ValueError(
             f"{who}: block {i} begins with {begins[i].tolist()}, but the tokenizer puts "
             f"{list(prefix)} before every text; make the blocks with pack or first_blocks and this "

@@ -128,8 +128,8 @@ def beginning(
     room = length - len(prefix)
     if room < 2:
         raise ValueError(
-            f"{who}: length={length} leaves {max(0, room)} tokens of text in a block after the "
-            f"{len(prefix)} that the tokenizer puts first; it must be at least {len(prefix) + 2}"
+            f"{who}: length={length} must be at least {len(prefix) + 2}: {len(prefix)} that the "
+            "tokenizer puts before a text, and 2 tokens of text, because one predicts the next"
         )
     return prefix, room
 

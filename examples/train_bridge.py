@@ -252,9 +252,7 @@ def show_plan(args, dense, accelerator) -> str:
     sizes = dict(batch=args.batch, length=args.length, text_tokens=tokens, evaluated=EVALUATED)
     sizes["processes"] = accelerator.num_processes
     planned = plan(dense, sparse, bridges, config, **sizes, step_time=probed)
-    if args.plan:
-        return f"{args.preset} for {args.dense}\n{planned}"
-    return planned.line()
+    return f"{args.preset} for {args.dense}\n{planned}" if args.plan else planned.line()
 
 
 def read_text(args, tokenizer):

@@ -11,6 +11,7 @@ it. Others have none; then the prefix is empty.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -85,7 +86,7 @@ def counted(blocks: Int[Tensor, "block pos"], prefix: Sequence[int]) -> Int[Tens
     return (blocks[:, 1:] if prefix else blocks).flatten().cpu()
 
 
-def _encoded(tokenizer: PreTrainedTokenizerBase, **how: bool) -> list[list[int]]:
+def _encoded(tokenizer: PreTrainedTokenizerBase, **how: Any) -> list[list[int]]:
     out = tokenizer(list(PROBES), return_attention_mask=False, verbose=False, **how)
     return out["input_ids"]  # pyright: ignore[reportReturnType]
 

@@ -1,6 +1,6 @@
 """A run folder: a sparse model, its bridges and circuits, and where everything came from.
 
-RUN/manifest.json            dense model (name, fingerprint), settings, data, versions
+RUN/manifest.json            dense model (name, fingerprint), prefix, settings, data, versions
 RUN/sparse/                  config, safetensors, tokenizer, node_means.safetensors, model card
 RUN/bridges/                 state.json, bridges.safetensors
 RUN/heldout.safetensors      validation blocks that no training step saw
@@ -9,6 +9,8 @@ RUN/skipped.json             the tasks that got no circuit, and why
 RUN/log.jsonl, checkpoints/  what training wrote
 
 A fingerprint is a hash of a model's weights; it shows whether two files belong to the same model.
+The prefix is what the tokenizer puts before every text (docs/method.md#text): the models were
+trained and measured on blocks that begin with it.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from dense import DenseModel
 from sparse.circuits.circuit import Circuit
 from sparse.circuits.means import load_means, node_means, save_means
 from sparse.model.gpt import SparseGPT
+from sparse.ops.prefix import check_begin, prefix_ids
 from sparse.storage.atomic import replace_files
 
 SCHEMA_VERSION = 1
@@ -56,6 +59,11 @@ class Run:
     """The tokenizer that both models share."""
     manifest: dict[str, Any]
     """What manifest.json says: which dense model, which settings, data and versions."""
+
+    @property
+    def prefix(self) -> tuple[int, ...]:
+        """The tokens with which every block and every prompt of the run begins; often none."""
+        return _prefix_of(self.manifest)
 
     def __repr__(self) -> str:
         n = len(self.bridges.config.sites)
@@ -146,7 +154,9 @@ def save_run(
     `means_from` is the text over which the node means are taken; give training text, because
     ablations hold a node at its mean there. `heldout` are the blocks that later evaluations use.
     `facts` are entries added to the manifest (settings, data, command). The dense model's tokenizer
-    is saved beside the sparse model. Raises ValueError where the dense model has none.
+    is saved beside the sparse model, and what it puts before a text (`prefix_ids`) is written into
+    the manifest. Raises ValueError where the dense model has no tokenizer, and for blocks that do
+    not begin with that prefix.
 
     >>> import tempfile
     >>> from bridges import load_run, save_run
@@ -163,6 +173,9 @@ def save_run(
             "save_run: the dense model has no tokenizer, so the run could not be used without it; "
             "open it with DenseModel(model, tokenizer)"
         )
+    prefix = prefix_ids(dense.tokenizer)
+    check_begin(heldout, prefix, "save_run: heldout")
+    check_begin(means_from, prefix, "save_run: means_from")
     sparse.save_pretrained(folder / "sparse")
     dense.tokenizer.save_pretrained(folder / "sparse")
     means = node_means(sparse, means_from)
@@ -176,6 +189,10 @@ def save_run(
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "dense": {"name": str(dense.name), "fingerprint": dense.fingerprint},
         "sparse": {"fingerprint": sparse.fingerprint()},
+        "prefix": {
+            "ids": list(prefix),
+            "tokens": dense.tokenizer.convert_ids_to_tokens(list(prefix)),
+        },
         "versions": {"python": python_version()} | {name: version(name) for name in PACKAGES},
         **facts,
     }
@@ -187,9 +204,14 @@ def load_run(folder: str | Path, dense: DenseModel | str | None = None) -> Run:
     """Open a run folder and return its models, bridges and tokenizer.
 
     `dense` is the dense model, or its name or folder; by default the one that the manifest names.
-    The folder "tiny" is the built-in run (its card: bridges/tiny_run/README.md), which is never
-    written to. Raises ValueError where a file is missing or broken, and where the fingerprint of
-    the dense model is not that of the model the bridges were trained with.
+    A dense model that is opened here gets the run's tokenizer, so that both models share it. The
+    folder "tiny" is the built-in run (its card: bridges/tiny_run/README.md), which is never written
+    to.
+
+    Raises ValueError where a file is missing or broken, and where the fingerprint of the dense
+    model is not that of the model the bridges were trained with. Raises it too where the tokenizer
+    of the run, or that of the `dense` that was passed, puts other special tokens before a text than
+    the run was trained with.
 
     >>> from bridges import load_run
     >>> run = load_run("tiny")  # the built-in run; else a folder
@@ -213,9 +235,13 @@ def load_run(folder: str | Path, dense: DenseModel | str | None = None) -> Run:
             f"{path} has schema version {found}, this library reads {SCHEMA_VERSION}; update the "
             "library or train again"
         )
-    if not isinstance(dense, DenseModel):
-        dense = DenseModel.from_pretrained(dense or manifest["dense"]["name"])
     sparse, tokenizer = _twin(folder / "sparse")
+    _check_own_tokenizer(folder, tokenizer, _prefix_of(manifest))
+    if isinstance(dense, DenseModel):
+        check_prefix(folder, dense)
+    else:
+        dense = DenseModel.from_pretrained(dense or manifest["dense"]["name"])
+        dense.tokenizer = tokenizer
     bridges = BridgeSet.load(folder / "bridges")
     bridges.check(dense, sparse)
     return Run(
@@ -240,6 +266,47 @@ def _twin(folder: Path) -> tuple[SparseGPT, Any]:
         return SparseGPT.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"a file in {folder} is broken ({error}); {RESTORE}") from error
+
+
+def _prefix_of(manifest: dict[str, Any]) -> tuple[int, ...]:
+    """Return the prefix that a run was made with; runs from before it was recorded had none."""
+    return tuple(manifest["prefix"]["ids"]) if "prefix" in manifest else ()
+
+
+def check_prefix(folder: Path, dense: DenseModel) -> None:
+    """Raise ValueError where the tokenizer of `dense` puts another prefix before a text than a run.
+
+    `folder` is that of the run. Nothing is checked where it has no manifest, or `dense` has no
+    tokenizer.
+    """
+    path = folder / "manifest.json"
+    if dense.tokenizer is not None and path.is_file():
+        remedy = f"take load_run({str(folder)!r}).dense, which has the run's tokenizer"
+        want = _prefix_of(json.loads(path.read_text()))
+        _check_tokenizer(dense.tokenizer, want, f"the dense model {dense.name}", remedy)
+
+
+def _check_own_tokenizer(folder: Path, tokenizer: Any, want: tuple[int, ...]) -> None:
+    """Raise ValueError where the tokenizer in a run puts another prefix before a text."""
+    at = str(folder / "sparse")
+    remedy = f"restore the tokenizer's files in {at}"
+    if not want:
+        remedy = (
+            f"tokenizer = AutoTokenizer.from_pretrained({at!r}); tokenizer.add_bos_token = False; "
+            f"tokenizer.save_pretrained({at!r}). Or train again, with these tokens"
+        )
+    _check_tokenizer(tokenizer, want, at, remedy)
+
+
+def _check_tokenizer(tokenizer: Any, want: tuple[int, ...], whose: str, remedy: str) -> None:
+    def shown(ids: tuple[int, ...]) -> str:
+        return f"{tokenizer.convert_ids_to_tokens(list(ids))}" if ids else "nothing"
+
+    if (adds := prefix_ids(tokenizer)) != want:
+        raise ValueError(
+            f"the tokenizer of {whose} puts {shown(adds)} before a text, but the run was trained "
+            f"with {shown(want)}; {remedy}"
+        )
 
 
 def run_folder(circuit: Circuit, remedy: str) -> Path:

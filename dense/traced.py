@@ -60,6 +60,9 @@ def generate_edited(
 ) -> Any:
     """Return the prompts with what `dense`, edited at every step, adds to them: Int[batch longer].
 
+    `ids` are prompts as `dense.tokenizer(text, return_tensors="pt").input_ids` makes them: they
+    begin with what the tokenizer puts before a text by default, as the blocks of training do.
+
     `kwargs` go to Hugging Face's `generate` (max_new_tokens, do_sample, use_cache and so on). What
     it returns is returned, which is something else than ids if `kwargs` ask for that. The edits
     mean the same with and without a cache. edit.py says which edits act on generated positions; a
@@ -231,10 +234,10 @@ def _at_every_pass(tracer: Any, traced: Any, dense: DenseModel, edits: Edits) ->
 def trace_model(dense: DenseModel) -> Any:
     """Return an nnsight wrapper of a fresh hookable twin of `dense`.
 
-    If `dense` has a tokenizer the wrapper takes text and has `generate`
-    (`nnsight.TransformersModel`). Otherwise it takes ids (`nnsight.NNsight`; to generate, call
-    `traced.trace(input_ids=ids, fn="generate")`). The original model is not touched. Use the
-    wrapper in one thread at a time.
+    If `dense` has a tokenizer the wrapper takes text, which it encodes as `dense.tokenizer(text)`
+    does by default, and has `generate` (`nnsight.TransformersModel`). Otherwise it takes ids
+    (`nnsight.NNsight`; to generate, call `traced.trace(input_ids=ids, fn="generate")`). The
+    original model is not touched. Use the wrapper in one thread at a time.
 
     >>> from dense import tiny, trace_model
     >>> model = tiny()

@@ -264,13 +264,11 @@ def show_plan(args, dense, accelerator) -> str:
         probed = time_steps(dense, sparse, bridges, config, args.batch, args.length, accelerator)
     tokens = 0  # kept on disk
     if args.plan and not args.stream:
-        tokens = estimated_tokens(load_corpus(args.dataset), dense.tokenizer)
+        tokens = estimated_tokens(load_corpus(args.dataset), dense.tokenizer, args.length)
     sizes = dict(batch=args.batch, length=args.length, text_tokens=tokens, evaluated=EVALUATED)
     sizes["processes"] = accelerator.num_processes
     planned = plan(dense, sparse, bridges, config, **sizes, step_time=probed)
-    if args.plan:
-        return f"{args.preset} for {args.dense}\n{planned}"
-    return planned.line()
+    return f"{args.preset} for {args.dense}\n{planned}" if args.plan else planned.line()
 
 
 def read_text(args, tokenizer):
@@ -295,8 +293,9 @@ def build(args, dense):
     import torch
 
     from bridges import BridgeConfig, BridgeSet, CotrainConfig, LossWeights
-    from sparse import SparseGPT, SparseGPTConfig, SparsityConfig, TrainConfig
+    from sparse import SparseGPT, SparseGPTConfig, SparsityConfig, TrainConfig, prefix_ids
 
+    prefix = prefix_ids(dense.tokenizer)
     width = max(16, int(args.expansion * dense.d_resid) // 16 * 16)
     torch.manual_seed(args.seed)
     sparse = SparseGPT(
@@ -309,6 +308,7 @@ def build(args, dense):
             head_dim=16,
             max_position_embeddings=max(256, args.length),
             positions="learned",
+            bos_token_id=prefix[0] if len(prefix) == 1 else None,  # where a generation begins
             eos_token_id=dense.tokenizer.eos_token_id,
         )
     )

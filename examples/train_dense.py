@@ -158,9 +158,12 @@ def write(folder, model, tokenizer, card):
 
 
 def build(recipe, tokenizer):
-    """The untrained model."""
+    """The untrained model. It begins a text as the tokenizer does, or with the end of another."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
+    from sparse import prefix_ids
+
+    prefix = prefix_ids(tokenizer)
     return GPT2LMHeadModel(
         GPT2Config(
             vocab_size=len(tokenizer),
@@ -168,7 +171,7 @@ def build(recipe, tokenizer):
             n_embd=recipe.n_embd,
             n_head=recipe.n_head,
             n_positions=recipe.n_positions,
-            bos_token_id=tokenizer.eos_token_id,
+            bos_token_id=prefix[0] if len(prefix) == 1 else tokenizer.eos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             resid_pdrop=0.0,
             embd_pdrop=0.0,
@@ -199,8 +202,9 @@ def tokenizer_of(args, documents):
 
 
 def tokens_per_byte(tokenizer, texts) -> float:
-    """Tokens of the texts over their bytes in UTF-8."""
-    n_tokens = sum(len(ids) for ids in tokenizer(texts, verbose=False)["input_ids"])
+    """Tokens of the texts over their bytes in UTF-8; special tokens are not counted."""
+    tokens = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    n_tokens = sum(len(ids) for ids in tokens)
     return n_tokens / sum(len(text.encode()) for text in texts)
 
 

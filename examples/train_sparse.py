@@ -49,12 +49,14 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def recipe(args: argparse.Namespace, vocab_size: int):
+def recipe(args: argparse.Namespace, tokenizer):
     """The published recipe at this width and density; "small" is shallow, with small batches."""
-    from sparse import gao2025
+    from sparse import gao2025, prefix_ids
 
-    expansion = args.width / 256
-    shape = dict(vocab_size=vocab_size)
+    expansion, prefix = args.width / 256, prefix_ids(tokenizer)
+    shape = dict(vocab_size=len(tokenizer))
+    if len(prefix) == 1:
+        shape["bos_token_id"] = prefix[0]  # where a generation begins
     fields = {}
     if args.preset == "small":
         shape |= dict(num_hidden_layers=2, max_position_embeddings=256)
@@ -93,10 +95,10 @@ def main() -> None:
     from accelerate import Accelerator
 
     from dense import tiny
-    from sparse import Batches, SparseGPT, heldout_nats, pretrain, unigram_nats
+    from sparse import Batches, SparseGPT, heldout_nats, prefix_ids, pretrain, unigram_nats
 
     tokenizer = tiny().tokenizer
-    preset = recipe(args, len(tokenizer))
+    preset = recipe(args, tokenizer)
     torch.manual_seed(args.seed)
     model = SparseGPT(preset.model)
     preset.pretrain.sparsity.check(model)  # before the text is read
@@ -110,7 +112,7 @@ def main() -> None:
 
     start = heldout_nats(model, held)
     loss = pretrain(model, batches, preset.pretrain, held, accelerator)["ce"]
-    unigram = unigram_nats(blocks, held, len(tokenizer))
+    unigram = unigram_nats(blocks, held, len(tokenizer), prefix_ids(tokenizer))
     say(f"held out: {loss:.3f} nats per token; knowing only how often tokens occur {unigram:.3f},")
     say(f"          before training, with every weight {start:.3f}")
     if accelerator.is_main_process:

@@ -27,6 +27,7 @@ from .model.config import SparseGPTConfig
 from .model.gpt import SparseGPT
 from .model.trunk import SparseGPTModel
 from .ops.abs_topk import abs_topk
+from .ops.prefix import prefix_ids
 from .ops.project import project_
 from .storage.card import Card, Metric
 from .tasks.batch import task_nats
@@ -78,6 +79,7 @@ __all__ = [
     "masked",
     "node_means",
     "pack",
+    "prefix_ids",
     "pretrain",
     "project_",
     "prune",

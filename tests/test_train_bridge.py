@@ -80,7 +80,7 @@ def full_shape():
     """What the plan and the design read of a GPT-2; its weights have shapes and no contents."""
     return SimpleNamespace(
         model=GPT2LMHeadModel(GPT2Config()),
-        tokenizer=SimpleNamespace(eos_token_id=50256),
+        tokenizer=AutoTokenizer.from_pretrained(TINY),
         n_layers=12,
         n_sites=25,
         d_resid=768,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bridges.maps.bridge import BridgeSet
-from bridges.run_folder import run_folder
+from bridges.run_folder import check_prefix, run_folder
 from dense import as_dense
 from sparse.circuits.circuit import Circuit
 from sparse.model.gpt import SparseGPT
@@ -27,7 +27,8 @@ def map_circuit(
     DenseModel, a PreTrainedModel, an nnsight model or a name. Bridges and sparse model default to
     those of the run in which the circuit was found. The site of the interventions is chosen on the
     task's validation split (`DenseCircuit.choose_site`). Raises ValueError where the fingerprints
-    show that circuit, bridges and models do not belong together.
+    show that circuit, bridges and models do not belong together, and where the dense model's
+    tokenizer puts other special tokens before a text than that run was trained with.
 
     >>> from bridges import load_run, map_circuit
     >>> run = load_run("tiny")
@@ -40,6 +41,8 @@ def map_circuit(
         sparse_model = opened.requires_grad_(False)
     if bridges is None:
         bridges = BridgeSet.load(_bridges_folder(sparse_circuit)).requires_grad_(False)
+    if sparse_circuit.source is not None:
+        check_prefix(Path(sparse_circuit.source.folder).parent, dense)
     sparse_circuit.check(sparse_model)
     bridges.check(dense, sparse_model)
     sparse_model.to(dense.device)  # pyright: ignore

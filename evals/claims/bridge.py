@@ -13,6 +13,7 @@ block; blocks are the independent unit of means and errors.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from bridges.losses.quantities import ce_nats, kl_nats
 from bridges.maps.bridge import BridgeSet
 from evals.scores.paired import paired
 from evals.scores.score import Score, Unit
+from sparse.ops.prefix import counted
 
 UNTRAINED = "untrained bridges"
 UNIGRAM = "unigram frequencies of the same text"
@@ -115,9 +117,10 @@ def evaluate_bridge(
     For every bridged site there are the four measures at the top of this file. Their control is
     `draws` sets of untrained bridges of the same config, centring and scale. Then come both models'
     cross entropy, KL(dense || sparse) and the share of the loss that the hybrids recover. Their
-    control is the unigram frequencies of the same text. Where the dense model is no better than
-    these there is no loss to recover, and those rows are left out. Raises ValueError for fewer than
-    two blocks.
+    control is the unigram frequencies of the same text, in which the first token of `run.prefix` is
+    not counted (where `run` has a prefix). Where the dense model is no better than these there is
+    no loss to recover, and those rows are left out. Raises ValueError for fewer than two blocks,
+    and for blocks that do not begin with the prefix.
 
     >>> from bridges import load_run
     >>> from evals import evaluate_bridge
@@ -130,7 +133,7 @@ def evaluate_bridge(
         raise ValueError(f"evaluate_bridge: {len(blocks)} block; an error needs at least 2")
     run.bridges.check(run.dense, run.sparse)
     sets: list[BridgeSet] = [run.bridges, *(untrained(run.bridges, seed + i) for i in range(draws))]
-    unigram = _unigram(blocks, run.dense.vocab_size)
+    unigram = _unigram(blocks, run.dense.vocab_size, getattr(run, "prefix", ()))
     parts: list[Measured] = []
     starts = range(0, len(blocks), batch_size)
     for start in tqdm(starts, desc="bridges", disable=not progress, leave=False):
@@ -296,9 +299,12 @@ def _model_rows(data: Measured, seed: int) -> list[Score]:
     return rows
 
 
-def _unigram(blocks: Int[Tensor, "batch pos"], vocab_size: int) -> Float[Tensor, " vocab"]:
+def _unigram(
+    blocks: Int[Tensor, "batch pos"], vocab_size: int, prefix: Sequence[int] = ()
+) -> Float[Tensor, " vocab"]:
     """Return logits that predict every token by how often it occurs in the blocks.
 
-    They are the logarithms of the counts; each token is counted once more than it occurs.
+    They are the logarithms of the counts; each token is counted once more than it occurs. The first
+    token of a prefix, which nothing predicts, is not counted.
     """
-    return (blocks.flatten().cpu().bincount(minlength=vocab_size) + 1).double().log().float()
+    return (counted(blocks, prefix).bincount(minlength=vocab_size) + 1).double().log().float()

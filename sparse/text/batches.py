@@ -1,6 +1,6 @@
 """Batches of packed text, which a resumed run continues exactly where it stopped.
 
-    pack              blocks  Int[block pos]    text_1 eos text_2 eos ..., cut every `length` tokens
+    pack              blocks  Int[block pos]    prefix + a piece of text_1 eos text_2 eos ...
     Batches           ids     Int[batch pos]    each batch a pure function of (seed, step)
     StreamingBatches  ids     Int[batch pos]    from more rows than memory holds, read one by one
 
@@ -18,10 +18,11 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from sparse.ops.prefix import begin
 from sparse.ops.seeds import seed_of
 
 from .corpus import is_validation, text_of
-from .pack import encode, end_of_text, text_hash, tokenizer_rules
+from .pack import beginning, encode, end_of_text, text_hash, tokenizer_rules
 
 
 def _check_identity(mine: dict[str, Any], state: dict[str, Any], who: str) -> None:
@@ -33,8 +34,8 @@ def _check_identity(mine: dict[str, Any], state: dict[str, Any], who: str) -> No
     if differ := [k for k, v in known.items() if state[k] != v]:
         changes = "; ".join(f"{k}: {state[k]} there, {mine[k]} here" for k in differ)
         raise ValueError(
-            f"{who}: the state belongs to other batches ({changes}); give the text, length "
-            "and batch size it was made with, or another output folder to start anew"
+            f"{who}: the state belongs to other batches ({changes}); give the text, tokenizer, "
+            "length and batch size it was made with, or another output folder to start anew"
         )
 
 
@@ -100,17 +101,18 @@ class Batches:
 class StreamingBatches:
     """Endless batches from rows that are read one by one, such as a Hugging Face `IterableDataset`.
 
-    Documents are packed as by `pack`, in the order of the rows; tokens left over go into the next
-    batch. The state is the state of the rows and those tokens, so that a run continues at the very
-    next token. There is no `at(step)`, because a stream cannot be entered at any place. (The state
-    of a `datasets` stream does not hold its shuffle buffer; shuffle the shards, or the rows
-    beforehand.)
+    Documents are packed as by `pack`, in the order of the rows, and every block begins with the
+    tokenizer's prefix (`prefix_ids`). Tokens left over go into the next batch. The state is the
+    state of the rows and those tokens, so that a run continues at the very next token. There is no
+    `at(step)`, because a stream cannot be entered at any place. (The state of a `datasets` stream
+    does not hold its shuffle buffer; shuffle the shards, or the rows beforehand.)
 
     `part` says which documents are taken: those that `load_corpus` would put into "train" or
     "validation" at this `validation_share`, or "all".
 
     The state of other batches is refused as far as it can be told apart: by the first row, the
-    tokenizer, the column, the part, its share, the length and the batch size.
+    tokenizer, its prefix, the column, the part, its share, the length and the batch size. A state
+    from before prefixes were known has an empty one.
     """
 
     def __init__(
@@ -136,6 +138,7 @@ class StreamingBatches:
             )
         self.rows: Any = rows
         self.tokenizer, self.eos = tokenizer, end_of_text(tokenizer)
+        self.prefix, self._room = beginning(tokenizer, length, "StreamingBatches")
         self.length, self.batch_size = length, batch_size
         self.text_column, self.part, self.share = text_column, part, validation_share
         self.step = self.epoch = self.documents = 0
@@ -145,13 +148,13 @@ class StreamingBatches:
 
     def __iter__(self) -> Iterator[Int[Tensor, "batch pos"]]:
         while True:
-            need = self.batch_size * self.length
+            need = self.batch_size * self._room
             while len(self._held) < need:
                 self._held += self._next_document()
-            batch = torch.tensor(self._held[:need]).view(self.batch_size, self.length)
+            batch = torch.tensor(self._held[:need]).view(self.batch_size, self._room)
             self._held = self._held[need:]
             self.step += 1
-            yield batch
+            yield begin(batch, self.prefix)
 
     def _next_document(self) -> list[int]:
         """Return the tokens and end of text of the next document of the part.
@@ -206,6 +209,7 @@ class StreamingBatches:
         how |= {"validation_share": self.share, "text_column": self.text_column}
         return {
             **how,
+            "prefix": list(self.prefix),
             "tokenizer": text_hash(tokenizer_rules(self.tokenizer)),
             "first_row": self._first,
         }
@@ -219,7 +223,7 @@ class StreamingBatches:
         """Continue where `state_dict` was taken; a state of other batches is a ValueError."""
         if self._first is None and state.get("first_row") is not None:
             self._read_first()
-        _check_identity(self._identity, state, "StreamingBatches")
+        _check_identity(self._identity, {"prefix": [], **state}, "StreamingBatches")
         self.step, self.epoch, self.documents = state["step"], state["epoch"], state["documents"]
         self._held, self._reader = list(state["held"]), None
         if hasattr(self.rows, "set_epoch"):

@@ -1,6 +1,10 @@
 """Documents packed into blocks of tokens.
 
-text_1 eos text_2 eos ... text_n eos,  cut every `length` tokens, the remainder dropped
+text_1 eos text_2 eos ... text_n eos,  cut every `length` - len(prefix) tokens
+block = prefix + one piece,  the remainder dropped
+
+The prefix is what `tokenizer(text)` puts before a text by default (docs/method.md#text); it is
+empty for many tokenizers.
 """
 
 import hashlib
@@ -15,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from sparse.ops.prefix import begin, prefix_ids
 from sparse.storage.atomic import replace_files
 
 from .corpus import Corpus
@@ -29,11 +34,14 @@ def pack(
 ) -> Int[Tensor, "block pos"]:
     """Return the documents as blocks of `length` tokens.
 
-        text_1 eos text_2 eos ... text_n eos,  cut every `length` tokens, the remainder dropped
+        text_1 eos text_2 eos ... text_n eos,  cut every `length` - len(prefix) tokens
+        block = prefix + one piece,  the remainder dropped
 
-    eos is the tokenizer's end of text; no other special token is added. With `cache`, a folder, the
-    blocks are kept there in a file named by a hash of texts, tokenizer and length. Raises
-    ValueError without an end-of-text token or if there is not one full block.
+    eos is the tokenizer's end of text, and prefix is what it puts before a text by default
+    (`prefix_ids`), once per block. No other special token is added. With `cache`, a folder, the
+    blocks are kept there in a file named by a hash of texts, tokenizer, prefix and length. Raises
+    ValueError without an end-of-text token, if there is not one full block, or if a block has no
+    room for 2 tokens of text.
 
     >>> from dense import tiny
     >>> from sparse import pack
@@ -43,9 +51,10 @@ def pack(
     if length < 2:
         raise ValueError(f"pack: length={length} must be at least 2 tokens: one predicts the next")
     eos = end_of_text(tokenizer)
+    prefix, room = beginning(tokenizer, length, "pack")
     stored = None
     if cache is not None:
-        stored = Path(cache) / f"{_key(texts, tokenizer, length)}.safetensors"
+        stored = Path(cache) / f"{_key(texts, tokenizer, length, prefix)}.safetensors"
         if stored.is_file():
             return load_file(stored)["blocks"].long()
     runs: list[Tensor] = []
@@ -56,23 +65,27 @@ def pack(
                 runs.append(torch.tensor([*ids, eos], dtype=torch.int32))
             bar.update(len(chunk))
     tokens = torch.cat(runs) if runs else torch.zeros(0, dtype=torch.int32)
-    n_blocks = len(tokens) // length
+    n_blocks = len(tokens) // room
     if n_blocks == 0:
         raise ValueError(
             f"pack: {len(texts)} documents hold {len(tokens)} tokens, fewer than one block of "
-            f"{length}; give more text or a smaller length"
+            f"{room}{' and its prefix' if prefix else ''}; give more text or a smaller length"
         )
-    blocks = tokens[: n_blocks * length].view(n_blocks, length)
+    blocks = begin(tokens[: n_blocks * room].view(n_blocks, room), prefix)
     if stored is not None:
         replace_files(stored.parent, {stored.name: save({"blocks": blocks.contiguous()})})
     return blocks.long()
 
 
-def estimated_tokens(corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> int:
+def estimated_tokens(
+    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, length: int | None = None
+) -> int:
     """Return about how many tokens `pack` would make of a corpus.
 
     It counts the tokens of every n-th document, at least 64 of them (or all, if there are fewer),
-    and multiplies by the characters of all documents over those of the ones counted.
+    and multiplies by the characters of all documents over those of the ones counted. With `length`,
+    the tokens of a block, the prefix of every block is counted too, where the tokenizer has one;
+    without it only the text is.
 
     >>> from dense import tiny
     >>> from sparse import estimated_tokens, load_corpus
@@ -82,6 +95,8 @@ def estimated_tokens(corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> int:
     texts = [*corpus.train, *corpus.validation]
     some = texts[:: max(1, len(texts) // 64)]
     tokens = sum(len(ids) + 1 for ids in encode(tokenizer, some))
+    if length is not None:
+        tokens *= length / beginning(tokenizer, length, "estimated_tokens")[1]
     return round(tokens * sum(map(len, texts)) / sum(map(len, some)))
 
 
@@ -102,8 +117,30 @@ def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
     return tokenizer.eos_token_id
 
 
-def _key(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int) -> str:
-    digest = hashlib.sha256(f"{length} {len(texts)} {tokenizer_rules(tokenizer)}".encode())
+def beginning(
+    tokenizer: PreTrainedTokenizerBase, length: int, who: str
+) -> tuple[tuple[int, ...], int]:
+    """Return the prefix of every block, and how many tokens of text a block of `length` has.
+
+    Raises ValueError where these are fewer than 2.
+    """
+    prefix = prefix_ids(tokenizer)
+    room = length - len(prefix)
+    if room < 2:
+        raise ValueError(
+            f"{who}: length={length} must be at least {len(prefix) + 2}: {len(prefix)} that the "
+            "tokenizer puts before a text, and 2 tokens of text, because one predicts the next"
+        )
+    return prefix, room
+
+
+def _key(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int, prefix: tuple[int, ...]
+) -> str:
+    what = f"{length} {len(texts)} {tokenizer_rules(tokenizer)}"
+    if prefix:  # without one the key is what it was before prefixes were known
+        what += f" {prefix}"
+    digest = hashlib.sha256(what.encode())
     for text in texts:
         digest.update(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
     return digest.hexdigest()[:32]

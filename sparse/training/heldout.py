@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from sparse.model.gpt import SparseGPT
 from sparse.model.modes import mode
 from sparse.ops.csr_linear import csr_products
+from sparse.ops.prefix import counted
 
 
 @torch.no_grad()
@@ -56,13 +57,16 @@ def unigram_nats(
     blocks: Int[Tensor, "block pos"],
     batches: Iterable[Int[Tensor, "_ _"]],
     vocab_size: int,
+    prefix: Sequence[int] = (),
 ) -> float:
     """Return the cross entropy on `batches` of a model that knows only token counts (a unigram).
 
         -mean log q(v),   q(v) = (count of v in blocks + 1) / (tokens in blocks + vocab_size)
 
     The mean is over the same predicted tokens as in `heldout_nats`, in nats per token. It is the
-    control of a language model: one that uses its context should score below it.
+    control of a language model: one that uses its context should score below it. `prefix` is that
+    of the tokenizer (`prefix_ids`), with which every block begins; its first token is predicted
+    nowhere and is not counted.
 
     >>> import torch
     >>> from sparse import unigram_nats
@@ -70,7 +74,8 @@ def unigram_nats(
     >>> round(unigram_nats(text, [text], vocab_size=2), 3)  # -(2 ln 4/6 + ln 2/6) / 3
     0.637
     """
-    log_q = (torch.bincount(blocks.flatten(), minlength=vocab_size).double() + 1).log()
+    counts = torch.bincount(counted(blocks, prefix), minlength=vocab_size)
+    log_q = (counts.double() + 1).log()
     log_q -= log_q.logsumexp(0)
     return -torch.cat([log_q[ids[:, 1:].cpu()].flatten() for ids in batches]).mean().item()
 

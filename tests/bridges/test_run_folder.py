@@ -3,11 +3,14 @@ import shutil
 
 import pytest
 import torch
+from tokenizers import processors
+from transformers import AutoTokenizer
 
 from bridges.run_folder import load_run, save_run
 from bridges.transfer.map_circuit import map_circuit
 from dense import DenseModel
 from sparse.circuits.means import load_means
+from sparse.ops.prefix import begin, prefix_ids
 
 
 @pytest.fixture
@@ -79,6 +82,95 @@ def test_another_dense_or_sparse_model_is_refused(saved, build, tmp_path):
     build.sparse(seed=5).save_pretrained(tmp_path / "run" / "sparse")
     with pytest.raises(ValueError, match="the sparse model's weights"):
         load_run(tmp_path / "run")
+
+
+def begun_by(tokenizer, *words):
+    """Let the tokenizer put these words before every text."""
+    first = [(word, tokenizer.convert_tokens_to_ids(word)) for word in words]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=[*words, "$A"], special_tokens=first
+    )
+    return tokenizer
+
+
+@pytest.fixture
+def begun(build, sparse, bridges, ids, tmp_path):
+    """A run whose tokenizer puts the word "A" before every text; its folder."""
+    build.dense().model.save_pretrained(tmp_path / "dense")
+    begun_by(build.dense().tokenizer, "A").save_pretrained(tmp_path / "dense")
+    dense, text = DenseModel.from_pretrained(tmp_path / "dense"), begin(ids, [1])
+    run = save_run(
+        tmp_path / "run", dense, sparse, bridges, heldout=text, means_from=text, facts={}
+    )
+    assert run.prefix == (1,)
+    return run.folder
+
+
+def without_record(folder):
+    """Write the manifest of before prefixes were recorded."""
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["prefix"]
+    path.write_text(json.dumps(manifest))
+
+
+def test_a_run_records_what_its_tokenizer_puts_before_a_text(begun, tmp_path):
+    run = load_run(begun)
+    assert run.prefix == prefix_ids(run.tokenizer) == prefix_ids(run.dense.tokenizer) == (1,)
+    assert run.manifest["prefix"] == {"ids": [1], "tokens": ["A"]}
+    run.export(tmp_path / "copy")
+    assert load_run(tmp_path / "copy").prefix == (1,)
+
+
+def test_a_run_without_a_prefix_says_so_and_one_from_before_they_were_recorded_opens(saved):
+    assert saved.prefix == () and saved.manifest["prefix"] == {"ids": [], "tokens": []}
+    without_record(saved.folder)
+    assert load_run(saved.folder).prefix == ()
+
+
+def test_blocks_that_do_not_begin_with_the_prefix_are_not_saved(
+    build, sparse, bridges, ids, tmp_path
+):
+    other = DenseModel(build.dense().model, begun_by(build.dense().tokenizer, "A"))
+    for wrong in ("heldout", "means_from"):
+        texts = dict.fromkeys(("heldout", "means_from"), begin(ids, [1])) | {wrong: begin(ids, [2])}
+        with pytest.raises(ValueError, match=rf"save_run: {wrong}: .*puts \[1\] before"):
+            save_run(tmp_path / "run", other, sparse, bridges, **texts, facts={})
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_that_begins_otherwise_than_the_run_is_refused(begun, dense):
+    at = begun / "sparse"
+    tokenizer = AutoTokenizer.from_pretrained(at)
+    for words, says in (((), "nothing"), (("B", "A"), r"\['B', 'A'\]")):
+        begun_by(tokenizer, *words).save_pretrained(at)
+        with pytest.raises(ValueError, match=rf"puts {says} before .* with \['A'\]; restore the"):
+            load_run(begun)
+    begun_by(tokenizer, "A").save_pretrained(at)
+    with pytest.raises(ValueError, match=r"puts nothing before a text.*take load_run\(.*\).dense"):
+        load_run(begun, dense)
+    assert load_run(begun, DenseModel(dense.model)).prefix == (1,)  # control: it has no tokenizer
+    assert load_run(begun, load_run(begun).dense).prefix == (1,)  # and the remedy
+
+
+def test_an_old_run_whose_tokenizer_would_begin_a_text_is_refused_and_the_remedy_works(begun):
+    without_record(begun)  # so it was trained without
+    with pytest.raises(ValueError, match=r"puts \['A'\] .*trained with nothing; tokeni") as refused:
+        load_run(begun)
+    remedy = str(refused.value).partition("trained with nothing; ")[2].partition(". Or")[0]
+    exec(remedy, {"AutoTokenizer": AutoTokenizer})
+    run = load_run(begun)
+    assert prefix_ids(run.tokenizer) == prefix_ids(run.dense.tokenizer) == run.prefix == ()
+
+
+def test_a_circuit_is_not_carried_to_a_model_whose_prompts_begin_otherwise(
+    begun, circuit_of, dense, tmp_path
+):
+    run = load_run(begun)
+    circuit = circuit_of(run.sparse)
+    with pytest.raises(ValueError, match=r"tokenizer of the dense model .*puts nothing before"):
+        map_circuit(circuit, dense)
+    assert map_circuit(circuit, run.dense).tokenizer is run.dense.tokenizer  # control
 
 
 def test_a_folder_that_is_no_run_is_refused_with_the_remedy(saved, tmp_path):

@@ -90,6 +90,26 @@ def test_a_trained_model_beats_unigrams_and_a_task_model_does_not(run, blocks):
     assert set(rows["loss recovered, dense to sparse"].detail) == sites
 
 
+def test_a_prefix_that_nothing_predicts_is_not_counted_by_the_unigram_control(run, blocks):
+    bos = 5
+    begun = blocks.clone()
+    begun[:, 0] = bos
+    run.prefix = (bos,)
+    text = begun[:, 1:]
+    counts = (text.flatten().bincount(minlength=run.dense.vocab_size) + 1).double()
+    want = -(counts / counts.sum()).log()[text].mean()
+    of = "cross entropy, sparse"
+    assert named(evaluate_bridge(run, begun, draws=1))[of].control == pytest.approx(
+        float(want), rel=1e-6
+    )
+    run.prefix = ()
+    counted = named(evaluate_bridge(run, begun, draws=1))[of].control  # the control
+    assert counted > want + 0.003  # 12 of 384 tokens are wasted on what nothing predicts
+    run.prefix = (bos + 1,)
+    with pytest.raises(ValueError, match=r"block 0 begins with \[5\]"):
+        evaluate_bridge(run, begun, draws=1)
+
+
 def test_no_share_of_the_loss_is_recovered_where_the_dense_model_is_worse_than_unigrams(
     run, blocks
 ):

@@ -1,20 +1,22 @@
 """Blocks and batches: nothing is lost but the remainder, and a resumed run sees the same tokens."""
 
+import hashlib
 import json
 from itertools import islice
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from safetensors.torch import save
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from sparse.text.batches import Batches, StreamingBatches, first_blocks
 from sparse.text.corpus import is_validation, load_corpus, stream_corpus
-from sparse.text.pack import estimated_tokens, pack
+from sparse.text.pack import estimated_tokens, pack, tokenizer_rules
 
 
-def byte_tokenizer(eos="<eos>"):
-    """One token per byte, and an end-of-text token."""
+def byte_tokenizer(eos="<eos>", first=""):
+    """One token per byte, and an end-of-text token; `first` are the special tokens put first."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {symbol: i for i, symbol in enumerate(alphabet)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
@@ -22,6 +24,12 @@ def byte_tokenizer(eos="<eos>"):
     tokenizer.decoder = decoders.ByteLevel()
     if eos:
         tokenizer.add_special_tokens([eos])
+    if first:
+        tokenizer.add_special_tokens(first.split())
+        ids = [(token, tokenizer.token_to_id(token)) for token in first.split()]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{first} $A", special_tokens=ids
+        )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos or None)
 
 
@@ -91,6 +99,45 @@ def test_a_cache_is_used_only_for_the_same_texts_tokenizer_and_length(tmp_path, 
     pack(TEXTS[1:], tokenizer, 64, cache=tmp_path)
     pack(TEXTS, byte_tokenizer(eos="<end>"), 64, cache=tmp_path)
     assert len(list(tmp_path.iterdir())) == 4
+
+
+FIRST = {"": [], "<s>": [257], "<a> <b>": [257, 258]}  # what is put first, as words and as tokens
+
+
+@pytest.mark.parametrize("first", FIRST)
+def test_every_block_is_the_prefix_and_the_next_piece_of_the_same_text(first):
+    tokenizer, n = byte_tokenizer(first=first), len(FIRST[first])
+    blocks = pack(TEXTS, tokenizer, 64)
+    assert blocks.shape[1] == 64 and blocks.dtype == torch.int64
+    assert blocks[:, :n].tolist() == [FIRST[first]] * len(blocks)
+    assert torch.equal(blocks[:, n:], pack(TEXTS, byte_tokenizer(), 64 - n))  # nothing is lost
+    assert not any(t in blocks[:, n:] for t in FIRST[first])  # once per block, at its beginning
+
+
+def test_a_block_must_have_room_for_two_tokens_of_text():
+    tokenizer = byte_tokenizer(first="<a> <b>")
+    for length in (3, 2):
+        with pytest.raises(ValueError, match=f"pack: length={length} must be at least 4: 2 that"):
+            pack(TEXTS, tokenizer, length)
+    with pytest.raises(ValueError, match="StreamingBatches: length=3 must be at least 4"):
+        StreamingBatches(Rows(TEXTS), tokenizer, 3, 4)
+    assert pack(TEXTS, tokenizer, 4)[0].tolist()[:2] == FIRST["<a> <b>"]  # control
+    with pytest.raises(ValueError, match="hold 3 tokens, fewer than one block of 62 and its pref"):
+        pack(["ab"], tokenizer, 64)
+
+
+def test_a_cache_from_before_prefixes_is_used_only_where_there_is_none(tmp_path):
+    """The oracle is the key of then; the tokenizer's rules alone did not say what was packed."""
+    for first, used in (("", True), ("<s>", False)):
+        tokenizer = byte_tokenizer(first=first)
+        digest = hashlib.sha256(f"64 {len(TEXTS)} {tokenizer_rules(tokenizer)}".encode())
+        for text in TEXTS:
+            digest.update(hashlib.sha256(text.encode()).digest())
+        old = tmp_path / first.strip("<>") / f"{digest.hexdigest()[:32]}.safetensors"
+        old.parent.mkdir(exist_ok=True)
+        planted = torch.full((2, 64), 7)
+        old.write_bytes(save({"blocks": planted}))
+        assert torch.equal(pack(TEXTS, tokenizer, 64, cache=old.parent)[:2], planted) == used
 
 
 def test_a_cache_that_cannot_be_written_leaves_nothing_half_done(tmp_path, monkeypatch):
@@ -165,8 +212,9 @@ def test_batches_refuse_fewer_blocks_than_a_batch_and_steps_before_the_first():
         Batches(torch.zeros(4, 8, dtype=torch.int64), 2).at(-1)
 
 
-def test_a_stream_holds_the_tokens_that_packing_gives():
-    tokenizer = byte_tokenizer()
+@pytest.mark.parametrize("first", FIRST)
+def test_a_stream_holds_the_tokens_that_packing_gives(first):
+    tokenizer = byte_tokenizer(first=first)
     blocks = pack(TEXTS, tokenizer, 16)
     n = len(blocks) // 4
     streamed = take(StreamingBatches(Rows(TEXTS), tokenizer, 16, 4, part="all"), n)
@@ -177,11 +225,11 @@ def test_a_stream_holds_the_tokens_that_packing_gives():
         assert torch.equal(take(stream, 2).flatten(0, 1), pack(texts, tokenizer, 16)[:4])
 
 
-def check_resumes(rows, n=80):
+def check_resumes(rows, n=80, first=""):
     """Say whether a stream cut twice, its state kept as JSON, gives the undisturbed batches."""
 
     def new():
-        return StreamingBatches(rows(), byte_tokenizer(), 16, 4, part="all")
+        return StreamingBatches(rows(), byte_tokenizer(first=first), 16, 4, part="all")
 
     whole, state, seen = take(new(), n), None, []
     for part in (n // 2 + 1, 7, n - n // 2 - 8):
@@ -195,8 +243,9 @@ def check_resumes(rows, n=80):
     return torch.equal(torch.cat(seen), whole)
 
 
-def test_a_stream_resumes_at_the_exact_token_twice_and_over_epochs():
-    assert check_resumes(lambda: Rows(TEXTS[:40]))
+@pytest.mark.parametrize("first", FIRST)
+def test_a_stream_resumes_at_the_exact_token_twice_and_over_epochs(first):
+    assert check_resumes(lambda: Rows(TEXTS[:40]), first=first)
     assert not check_resumes(lambda: ForgetfulRows(TEXTS[:40]))  # control
 
 
@@ -245,6 +294,22 @@ def test_a_stream_does_not_resume_a_state_of_other_rows_or_settings():
     assert torch.equal(take(first, 6), whole)
 
 
+def test_a_stream_does_not_resume_a_state_of_another_prefix_and_an_old_state_had_none():
+    def stream(first):
+        return StreamingBatches(Rows(TEXTS), byte_tokenizer(first=first), 16, 4)
+
+    for first, other, says in (("", "<s>", r"\[\] .*\[257\]"), ("<s>", "", r"\[257\] .*\[\]")):
+        state = stream(first).state_dict() | {"tokenizer": None}  # the prefix alone is compared
+        with pytest.raises(ValueError, match=f"prefix: {says} here.*give the text, tokenizer"):
+            stream(other).load_state_dict(state)
+        stream(first).load_state_dict(state)  # control
+    state = stream("").state_dict()
+    del state["prefix"]  # as it was before prefixes were known
+    stream("").load_state_dict(state)
+    with pytest.raises(ValueError, match=r"prefix: \[\] there, \[257\] here"):
+        stream("<s>").load_state_dict(state | {"tokenizer": None})
+
+
 def test_a_stream_refuses_what_it_could_not_resume_or_fill():
     tokenizer = byte_tokenizer()
     with pytest.raises(ValueError, match="list has no state_dict.*pack and Batches"):
@@ -282,6 +347,9 @@ def test_first_blocks_are_those_of_packing_and_end_with_the_text(tmp_path):
     corpus = load_corpus(folder)
     for part, texts in (("train", corpus.train), ("validation", corpus.validation)):
         want = pack(texts, tokenizer, 8)
+        begun = byte_tokenizer(first="<s>")
+        rows = stream_corpus(folder)
+        assert torch.equal(first_blocks(rows, begun, 9, 2, part), pack(texts, begun, 9)[:2])
         rows = stream_corpus(folder)
         assert torch.equal(first_blocks(rows, tokenizer, 8, 2, part), want[:2])
         assert rows.file < 2  # what comes after was not read
@@ -299,3 +367,6 @@ def test_the_estimate_of_tokens_is_exact_for_few_documents_and_close_for_many(tm
     corpus = load_corpus(folder)
     exact = sum(len(t.encode()) + 1 for t in corpus.train + corpus.validation)
     assert estimated_tokens(corpus, tokenizer) == pytest.approx(exact, rel=0.05)
+    for first, shortened in (("", 1), ("<a> <b>", 16 / 14)):
+        estimate = estimated_tokens(corpus, byte_tokenizer(first=first), 16)
+        assert estimate == pytest.approx(shortened * exact, rel=0.05)

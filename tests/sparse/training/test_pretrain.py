@@ -276,6 +276,16 @@ def test_held_out_loss_is_over_tokens_and_the_unigram_control_is_the_entropy():
     assert unigram_nats(text, [torch.tensor([[0, 2, 2]])], 3) == pytest.approx(log(4003))  # unseen
 
 
+def test_a_prefix_that_nothing_predicts_is_not_counted_by_the_unigram_control():
+    text = torch.tensor([[0, 0, 1, 1]] * 100)
+    begun = F.pad(text, (1, 0), value=2)
+    nats = unigram_nats(begun, [begun], 3, prefix=(2,))
+    assert nats == pytest.approx(-log(201 / 403))  # each token of text 200 times, and once more
+    assert unigram_nats(begun, [begun], 3) > nats + 0.2  # control: it is counted
+    with pytest.raises(ValueError, match=r"block 0 begins with \[0\]"):
+        unigram_nats(text, [text], 3, prefix=(2,))
+
+
 @pytest.mark.parametrize(
     "fields, words",
     [

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from sparse.ops.prefix import prefix_ids
+
 from .batch import REST, TaskBatch
 from .pair import Pair
 
@@ -68,7 +70,7 @@ def fit(
     ValueError when fewer than `least` pairs remain, with every reason, how often, one example and
     the remedy.
     """
-    prefix: list[int] = []
+    prefix = list(prefix_ids(tokenizer))
     first = encode(tokenizer, [p.context_1 for p in pairs])
     second = encode(tokenizer, [p.context_2 for p in pairs])
     after_first = encode(tokenizer, [p.context_1 + p.target_1 for p in pairs])

@@ -13,13 +13,12 @@ SPLITS = ("train", "validation", "test")
 OF_FIVE = ("train", "train", "train", "validation", "test")
 """Where pairs without a split of their own go: of every five in turn, three, one and one."""
 
-Given = Pair | Mapping[str, Any] | tuple[str, str, str, str | None]
-"""A pair, its fields by name (and perhaps `split`), or (context_1, context_2, target_1, target_2).
-"""
 
-
-def read_pairs(given: Iterable[Given], where: str = "pair") -> list[tuple[Pair, str | None]]:
+def read_pairs(given: Iterable[Any], where: str = "pair") -> list[tuple[Pair, str | None]]:
     """Return every pair with the split it names, or None where it names none.
+
+    An item is a Pair, a tuple (context_1, context_2, target_1, target_2), or a dict of the fields
+    of a Pair and perhaps `split`.
 
     Raises ValueError naming the item, counted from 1, that cannot be read.
     """
@@ -70,7 +69,7 @@ def deal_out(
     return {split: tuple(of_split) for split, of_split in found.items()}
 
 
-def _read(item: Given, where: str) -> tuple[Pair, str | None]:
+def _read(item: Any, where: str) -> tuple[Pair, str | None]:
     if isinstance(item, Pair):
         return item, None
     if isinstance(item, Mapping):

@@ -15,7 +15,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import count
 from random import Random
 from string import Template
 from typing import NamedTuple
@@ -110,14 +109,13 @@ def _pair(recipe: Recipe, form: Form, setting: str, words: _Words) -> Pair:
     both = (form, form) if isinstance(form, str) else form[:2]
     targets = form[2:] if len(form) == 4 and not isinstance(form, str) else recipe.targets[0]
     framed = [_framed(setting, one) for one in both]
-    own = [*both, *(text for values in recipe.differs.values() for text in values)]
+    used = [slot for slot in recipe.differs if slot in slots_of(*both)]
+    own = [*both, *(text for slot in used for text in recipe.differs[slot])]
     slots = slots_of(*framed, *own, *targets)
     word = words.draw([slot for slot in slots if slot not in recipe.differs and slot != "form"])
     contexts = []
     for k, frame in enumerate(framed):
-        differing = {
-            slot: Template(values[k]).substitute(word) for slot, values in recipe.differs.items()
-        }
+        differing = {slot: Template(recipe.differs[slot][k]).substitute(word) for slot in used}
         contexts.append(Template(frame).substitute(word | differing))
     target_1, target_2 = (t and Template(t).substitute(word) for t in targets)
     frame = framed[0] if framed[0] == framed[1] else " | ".join(framed)
@@ -162,6 +160,11 @@ class _Words:
         drawn: dict[tuple[int, str], tuple[str, ...]] = {}
         result = {}
         for slot in slots:
+            if _base(slot) not in POOLS:
+                raise ValueError(
+                    f"no list of words is called {_base(slot)!r}; there are {sorted(POOLS)} (add "
+                    "yours to words.py), or name the slot in `differs`"
+                )
             pool, place = POOLS[_base(slot)]
             number = slot[len(_base(slot)) :]
             key = (id(pool), number)
@@ -174,12 +177,15 @@ class _Words:
     def _next(self, pool: Pool, taken: list[tuple[str, ...]]) -> tuple[str, ...]:
         """Return the next word of a list that is not among those taken."""
         deck = self.decks.setdefault(id(pool), [])
-        for _ in count():
-            if not (free := [entry for entry in deck if entry not in taken]):
-                fresh = deal(pool, self.split)
-                self.rng.shuffle(fresh)
-                deck.extend(entry for entry in fresh if entry not in deck)
-                continue
-            deck.remove(free[0])
-            return free[0]
-        raise AssertionError  # count() does not end
+        if all(entry in taken for entry in deck):
+            fresh = [entry for entry in deal(pool, self.split) if entry not in deck]
+            self.rng.shuffle(fresh)
+            deck.extend(fresh)
+        free = next((entry for entry in deck if entry not in taken), None)
+        if free is None:
+            raise ValueError(
+                f"a form asks for more than {len(taken)} different words of a list that has no "
+                f"more for this split, such as {taken[0]}; give the list more words"
+            )
+        deck.remove(free)
+        return free

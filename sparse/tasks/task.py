@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, Literal
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -19,7 +19,7 @@ from sparse.storage.records import checked
 
 from .batch import TaskBatch, check_vocabulary
 from .fit import fit, least_pairs
-from .own import SPLITS, Given, deal_out, read_jsonl, read_pairs
+from .own import SPLITS, deal_out, read_jsonl, read_pairs
 from .pair import Pair, Targets, pair_of
 from .score import TaskScore, positions_of, score_batch, tokenizer_of, vocabulary_of
 
@@ -116,17 +116,24 @@ class Task:
                 seen.setdefault(factor, set()).add(level)
         return {factor: len(levels) for factor, levels in seen.items()}
 
+    def with_targets(self, targets: Targets) -> Task:
+        """Return the task with these two targets in every pair."""
+        new = {"target_1": targets[0], "target_2": targets[1]}
+        return replace(self, **{s: tuple(replace(p, **new) for p in self.pairs(s)) for s in SPLITS})
+
     def nonsense(self) -> Task:
         """Return the nonsense twin: the same contexts and splits, with two unrelated targets.
 
         It is the control of a task. Nothing in the contexts tells its targets apart, so a method
         that finds small circuits of low loss for it too is too expressive.
         """
-        first, *rest = UNRELATED
-        twin = _with_targets(self, first)
+        own = {t for s in SPLITS for p in self.pairs(s) for t in (p.target_1, p.target_2)}
+        own |= {t for pair in self.alternatives for t in pair}
+        first, *rest = (pair for pair in UNRELATED if not own & set(pair))
+        twin = self.with_targets(first)
         return replace(twin, name=f"{self.name}:nonsense", meaning="none", alternatives=tuple(rest))
 
-    def variant(self, kind: Literal["longer", "distractors"]) -> Task:
+    def variant(self, kind: str) -> Task:
         """Return the same pairs with the same text before both contexts, called `<name>:<kind>`.
 
         - "longer": three texts of `filler`, which say nothing of the answer;
@@ -183,7 +190,7 @@ class Task:
             raise ValueError(f"task {self.name}: the {split} split is empty")
         refusals: list[str] = []
         for choice in (None, *self.alternatives):
-            task = self if choice is None else _with_targets(self, choice)
+            task = self if choice is None else self.with_targets(choice)
             filled = [s for s in SPLITS if task.pairs(s)]
             try:
                 fitted = {
@@ -244,7 +251,7 @@ class Task:
 
     @classmethod
     def from_pairs(
-        cls, name: str, pairs: Iterable[Given], *, split_by: str | None = None, **fields: Any
+        cls, name: str, pairs: Iterable[Any], *, split_by: str | None = None, **fields: Any
     ) -> Task:
         """Return the task with these pairs.
 
@@ -276,12 +283,6 @@ class Task:
         if not splits["train"]:
             raise ValueError(f"{path}: no train pair in it; give at least 8, and 16 of validation")
         return cls(name=path.stem, **splits)
-
-
-def _with_targets(task: Task, targets: Targets) -> Task:
-    """Return the task with these two targets in every pair."""
-    new = {"target_1": targets[0], "target_2": targets[1]}
-    return replace(task, **{s: tuple(replace(p, **new) for p in task.pairs(s)) for s in SPLITS})
 
 
 def _fillers(task: Task, split: str) -> list[str]:

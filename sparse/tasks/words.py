@@ -60,7 +60,7 @@ NOUNS = _linked("""dog/dogs car/cars boy/boys girl/girls house/houses tree/trees
 horse/horses friend/friends teacher/teachers picture/pictures story/stories student/students
 doctor/doctors door/doors king/kings soldier/soldiers farmer/farmers painter/painters ship/ships
 brother/brothers sister/sisters idea/ideas lesson/lessons machine/machines""")
-VOWEL = _words("""egg animal artist actor uncle aunt answer idiot eagle expert object army arrow owl
+VOWEL = _words("""egg animal artist actor uncle aunt answer idiot eagle expert oil army arrow owl
 onion oven agent umbrella orchestra elephant editor orchard image opera idol""")
 CONSONANT = _words("""dream train wheel pirate singer cousin nurse question lawyer lion sailor pilot
 manager problem project band writer cat potato fridge spy jacket choir tiger reporter""")

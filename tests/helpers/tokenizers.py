@@ -38,12 +38,14 @@ def task_texts() -> Iterator[str]:
         for split in ("train", "validation", "test"):
             for pair in task.pairs(split):
                 yield pair.context_1 + pair.target_1
+                yield " " + pair.context_1
                 yield pair.context_2 + (pair.target_2 or "")
+                yield " " + pair.context_2
     yield from (f"it{word} so" for word in (" is", " when", " but", "+", "*", ";", "#"))
 
 
 def _texts() -> list[str]:
-    return [*task_texts(), *load_corpus(documents=60).train]
+    return [*task_texts(), *load_corpus(documents=30).train]
 
 
 @cache

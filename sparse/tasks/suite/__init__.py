@@ -90,7 +90,7 @@ def get_task(name: str | Path, variant: str | None = None) -> Task:
                 f"{text}: no variant is called {change!r}; after a task's name may stand "
                 f"{', '.join(f':{known}' for known in CHANGES)}"
             )
-        task = task.nonsense() if change == "nonsense" else task.variant(change)  # pyright: ignore
+        task = task.nonsense() if change == "nonsense" else task.variant(change)
     return task
 
 

@@ -42,21 +42,18 @@ def test_a_one_sided_loss_is_the_log_probability_over_the_whole_vocabulary(bpe):
 
 def test_one_sided_and_other_pairs_may_stand_in_one_batch(bpe):
     """Every row is scored by its own rule: the batch gives what its parts give."""
-    one, two = (get_task(name).batch(bpe, "test") for name in ("else_elif", "for_while"))
-    rows = 4
+    some = torch.arange(4)
+    one, two = (get_task(name).batch(bpe, "test").take(some) for name in ("else_elif", "for_while"))
+    assert one.one_sided and not two.one_sided
+    rows = torch.tensor([0, 1, 4, 5])  # two pairs of the first, and two of the second
     mixed = replace(
-        one.take(torch.arange(rows)),
-        target=torch.cat([one.target[:rows], two.target[:rows]]),
-        foil=torch.cat([one.foil[:rows], two.foil[:rows]]),
+        one,
+        target=torch.cat([one.target[rows], two.target[rows]]),
+        foil=torch.cat([one.foil[rows], two.foil[rows]]),
     )
-    logits = torch.randn(2 * rows, len(bpe))
-    separate = torch.cat(
-        [
-            task_nats(logits.roll(0), replace(one, target=mixed.target, foil=mixed.foil))[:rows],
-            task_nats(logits[rows:], replace(two, target=two.target[:rows], foil=two.foil[:rows])),
-        ]
-    )
-    torch.testing.assert_close(task_nats(logits, mixed), separate)
+    logits = torch.randn(8, len(bpe))
+    apart = [task_nats(logits[:4], one.take(rows[:2])), task_nats(logits[4:], two.take(rows[:2]))]
+    torch.testing.assert_close(task_nats(logits, mixed), torch.cat(apart))
 
 
 def test_scored_counterfactual_and_take_pick_the_right_rows(bpe):

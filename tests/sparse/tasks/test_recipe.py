@@ -22,7 +22,7 @@ def test_a_pair_is_its_form_in_its_setting_and_differs_only_where_it_says():
         assert p.target_1 == p.groups["v"] and p.target_2 == p.groups["v2"]
         assert p.groups["v"] != p.groups["v2"]
     inside = [p for p in task.train if p.context_1.startswith("def ")]
-    assert len(inside) == len(task.train) / 2
+    assert abs(len(inside) - len(task.train) / 2) <= 4
     assert inside[0].groups["frame"] == "def $f:\n    $q $v $v2"
     assert inside[0].groups["form"] == "$q $v $v2"
     assert "n" not in task.test[0].groups and "f" not in inside[0].groups

@@ -9,7 +9,8 @@ on a GPU of 70 GB or more and gpt2-12gb elsewhere, on a CPU too, where they say 
 --plan says what a run would take (parameters, memory, hours, disk) and writes nothing.
 
 Writes a run folder: the twin, the bridges, a circuit per task with its nonsense twin, and a report
-of every claim beside its control. Started again with the same settings it resumes.
+of every claim beside its control. Started again with the same settings it resumes. A task that the
+dense model or the twin does not do (at most 0.3 nats) is skipped, and the reason is told.
 """
 
 import argparse
@@ -100,7 +101,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--lr", type=float, help="peak learning rate of the twin")
     p.add_argument("--bridge_lr", type=float, help="peak learning rate of the bridges")
     p.add_argument("--hybrid_weight", type=float, help="weight of the hybrid passes in the loss")
-    p.add_argument("--prune_steps", type=int, help="optimizer steps of the pruning")
     task_arguments(p)
     p.add_argument("--mixed_precision", choices=["no", "bf16"], help="default: the preset's")
     p.add_argument("--accumulate", type=int, help="passes per step, each on its share of the batch")
@@ -113,17 +113,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def task_arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument(
-        "--tasks",
-        nargs="*",
-        help="tasks to prune circuits for: names, .jsonl files of your own, or all; those that "
-        "either model does not do are left out",
-    )
-    p.add_argument(
-        "--force",
-        action=argparse.BooleanOptionalAction,
-        help="prune circuits of tasks that a model does not do, too",
-    )
+    flag = argparse.BooleanOptionalAction
+    p.add_argument("--prune_steps", type=int, help="optimizer steps of the pruning")
+    p.add_argument("--tasks", nargs="*", help="names, .jsonl files of your own, or all; see above")
+    p.add_argument("--force", action=flag, help="prune tasks that a model does not do, too")
 
 
 def site_map(text: str) -> dict[int, int]:

@@ -61,6 +61,14 @@ class StandIns:
         with torch.no_grad():
             return stream, self._forward(stand_ins, inputs, every_position)
 
+    def last_residual(self, inputs: dict[str, Any]) -> Tensor:
+        """Return the residual at the last site, without gradient; the logits are not kept."""
+        stream: list[Tensor] = []
+        k = len(self.layout.blocks) - 1
+        with torch.no_grad():
+            self._forward({k: self._recording(k, stream)}, inputs, False)
+        return stream[-1]
+
     def calls(self, inputs: dict[str, Any], embedded: bool = False) -> list[Call]:
         """Return the arguments with which the model calls every block.
 

@@ -122,14 +122,15 @@ def test_gradients_reach_an_edit_through_the_wanted_logits(opened, ids, family):
 
 
 @torch.no_grad()
-def test_the_head_runs_on_the_wanted_tokens_and_at_most_one_more_a_row(dense, ids):
-    n, most, h = WANTED.numel(), WANTED.numel() + len(ids), dense.residuals(ids)
+def test_the_head_runs_on_the_wanted_tokens_only(dense, ids):
+    n, h, edits = WANTED.numel(), dense.residuals(ids), edits_of(dense)
     for site in range(dense.n_sites):
         run = lambda s=site: dense.resume(s, h[s], ids, positions=WANTED)  # noqa: E731
-        assert n <= unembedded(dense, run) <= most
-    assert n <= unembedded(dense, lambda: dense.logits(ids, positions=WANTED)) <= most
-    edits = edits_of(dense)
+        assert unembedded(dense, run) == n
+    assert unembedded(dense, lambda: dense.logits(ids, positions=WANTED)) == n
     assert unembedded(dense, lambda: run_edited(dense, ids, edits, positions=WANTED)) == n
+    assert unembedded(dense, lambda: dense.residuals(ids)) == 0
+    assert unembedded(dense, lambda: dense.joined({1: h[1], 2: h[2]}, {1: ids, 2: ids})) == 0
     assert unembedded(dense, lambda: dense.logits(ids)) == ids.numel()  # control
 
 

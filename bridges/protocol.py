@@ -40,7 +40,13 @@ class ResidualModel(Protocol):
         h: Float[Tensor, "batch pos d_resid"],
         ids: Int[Tensor, "batch pos"],
         attention_mask: Tensor | None = None,
-    ) -> Float[Tensor, "batch pos vocab"]: ...
+        *,
+        positions: Int[Tensor, "batch wanted"] | None = None,
+    ) -> Float[Tensor, "batch pos vocab"] | Float[Tensor, "batch wanted vocab"]: ...
+
+    def last_logits(
+        self, ids: Int[Tensor, "batch pos"], last: Int[Tensor, " batch"]
+    ) -> Float[Tensor, "batch vocab"]: ...
 
     def joined(
         self,

@@ -88,3 +88,39 @@ class Inputs:
                 "alone: it numbers positions by place, or has a state that padding moves; pad on "
                 "the right"
             )
+
+
+def check_positions(positions: Tensor, ids: Tensor) -> None:
+    """Raise ValueError for positions that are not (batch, wanted), or not among those of `ids`.
+
+    On an accelerator the range is checked as that of ids is (`Inputs.check_embeddable`).
+    """
+    n_rows, n_pos = ids.shape
+    if positions.ndim != 2 or len(positions) != n_rows or not positions.numel():
+        raise ValueError(
+            f"positions are {tuple(positions.shape)}, but {n_rows} rows need (batch, wanted) = "
+            f"({n_rows}, 1 or more); for one position a row, last, give last[:, None]"
+        )
+    if positions.is_floating_point() or positions.dtype == torch.bool:
+        raise ValueError(
+            f"positions are {positions.dtype}, but a position is a whole number; give the indices "
+            "of the columns that are wanted"
+        )
+    inside = ((positions >= 0) & (positions < n_pos)).all()
+    if positions.device.type != "cpu":
+        says = f"there are positions outside 0..{n_pos - 1}, those of the ids"
+        torch._assert_async(inside, says)  # pyright: ignore[reportPrivateImportUsage]
+    elif not inside:
+        raise ValueError(
+            f"positions range over {positions.min().item()}..{positions.max().item()}, but the ids "
+            f"have 0..{n_pos - 1}; count from the first column, padding included"
+        )
+
+
+def at_positions(positions: Tensor, h: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the residuals and the tokens at position positions[b, i] of every row b.
+
+    They are (batch, wanted, d) and (batch, wanted).
+    """
+    where = positions.long()
+    return h.take_along_dim(where[..., None], 1), ids.gather(1, where)

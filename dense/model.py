@@ -2,7 +2,7 @@
 
     ids   Int[batch pos]
     h[s]  Float[batch pos d_dense]      the residual at site s = 0 .. n_sites-1
-    y     Float[batch pos vocab]        logits
+    y     Float[batch pos vocab]        logits, or Float[batch wanted vocab] at some positions only
 
 Every run is one forward pass of the family's own code in transformers, in which some blocks are
 replaced by stand-ins (stand_ins.py). A stand-in records the stream, hands it through unchanged, or
@@ -18,7 +18,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from .fingerprint import fingerprint
-from .inputs import Inputs
+from .inputs import Inputs, at_positions, check_positions
 from .load import TINY, load, refuse_unsuitable
 from .probe import probe
 from .proof import check_function, check_joined, pads_left, prove
@@ -149,9 +149,47 @@ class DenseModel:
         ids: Int[Tensor, "batch pos"],
         attention_mask: Shaped[Tensor, "batch pos"] | None = None,
         position_ids: Int[Tensor, "batch pos"] | None = None,
-    ) -> Float[Tensor, "batch pos vocab"]:
-        """Return the logits of the plain model."""
-        return self.model(**self.inputs(ids, attention_mask, position_ids)).logits
+        positions: Int[Tensor, "batch wanted"] | None = None,
+    ) -> Float[Tensor, "batch pos vocab"] | Float[Tensor, "batch wanted vocab"]:
+        """Return the logits of the plain model, or those at some positions of every row.
+
+            logits(ids, positions=p)[b, i] = logits(ids)[b, p[b, i]]        up to rounding
+
+        `positions` are columns of `ids`, padding included, in any order. With them the final norm
+        and the head run on these tokens only (`unembed`), and there is no gradient. Not to be
+        confused with `position_ids`, by which the model numbers its tokens. Raises ValueError as
+        `inputs` does, and for positions that `ids` do not have.
+
+        >>> import torch
+        >>> from dense import tiny
+        >>> model, ids = tiny(), torch.tensor([[1, 2, 3], [4, 5, 6]])
+        >>> model.logits(ids, positions=torch.tensor([[2], [0]])).shape
+        torch.Size([2, 1, 2048])
+        """
+        inputs = self.inputs(ids, attention_mask, position_ids)
+        if positions is None:
+            return self.model(**inputs).logits
+        check_positions(positions, ids)
+        h = self._stand_ins.last_residual(inputs)
+        return self.unembed(*at_positions(positions, h, ids))
+
+    def last_logits(
+        self,
+        ids: Int[Tensor, "batch pos"],
+        last: Int[Tensor, " batch"],
+        attention_mask: Shaped[Tensor, "batch pos"] | None = None,
+    ) -> Float[Tensor, "batch vocab"]:
+        """Return the logits at position last[b] of every row b; no others are computed.
+
+        Padding after that position needs no mask, since the position does not see it.
+
+        >>> import torch
+        >>> from dense import tiny
+        >>> model, ids = tiny(), torch.tensor([[1, 2, 3], [4, 5, 6]])
+        >>> model.last_logits(ids, torch.tensor([2, 0])).shape
+        torch.Size([2, 2048])
+        """
+        return self.logits(ids, attention_mask, positions=last[:, None]).squeeze(1)
 
     def residuals(
         self,
@@ -181,19 +219,27 @@ class DenseModel:
         ids: Int[Tensor, "batch pos"],
         attention_mask: Shaped[Tensor, "batch pos"] | None = None,
         position_ids: Int[Tensor, "batch pos"] | None = None,
-    ) -> Float[Tensor, "batch pos vocab"]:
+        positions: Int[Tensor, "batch wanted"] | None = None,
+    ) -> Float[Tensor, "batch pos vocab"] | Float[Tensor, "batch wanted vocab"]:
         """Return the logits of the model run on from residual `h` at `site`.
 
             resume(s, h_s, ids) = logits(ids)    for every site s, with h_s = residuals(ids)[s]
 
         Nothing before the site is computed. `ids` are the tokens that `h` belongs to; only their
-        shape is used, for positions and masks, and they are not embedded. Gradients flow to `h`.
-        Raises ValueError for a site that the model does not have, or an `h` of another shape.
+        shape is used, for positions and masks, and they are not embedded. With `positions`, only
+        the logits there are computed, as in `logits`. Gradients flow to `h`. Raises ValueError for
+        a site that the model does not have, an `h` of another shape, or positions that `ids` do not
+        have.
         """
         self._check_site(site)
         self._check_residual(h, ids)
         inputs = self._inputs(ids, attention_mask, position_ids)
-        return self._stand_ins.enter([(site, h)], inputs, True)[1]
+        if positions is None:
+            return self._stand_ins.enter([(site, h)], inputs, True)[1]
+        check_positions(positions, ids)
+        if site < self.n_sites - 1:  # at the last site nothing is left to run but the head
+            h = self._stand_ins.enter([(site, h)], inputs, False)[0]
+        return self.unembed(*at_positions(positions, h, ids))
 
     def joined(
         self,

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .inputs import Inputs
 from .sites import Layout, family, probe_ids
-from .twin import answer, blank, first, forwarding, replaced, take_hidden
+from .twin import answer, blank, blank_head, first, forwarding, replaced, take_hidden
 
 Call = tuple[tuple, dict[str, Any]]
 """The positional and keyword arguments of a block, without the hidden states."""
@@ -44,22 +44,33 @@ class StandIns:
         self.last = self.stride * len(layout.blocks)
         self._keeps = "logits_to_keep" in inspect.signature(type(model).forward).parameters
         self._passing = [forwarding(b, self._pass) for b in layout.blocks]
-        found = model.get_input_embeddings()
-        path = next(p for p, m in model.named_modules() if m is found)
+        paths = {module: path for path, module in model.named_modules()}
+        found, head = model.get_input_embeddings(), model.get_output_embeddings()
         halves = layout.halves or [(block,) for block in layout.blocks]
         self._running: list[tuple[Any, ...]] = [tuple(parts) for parts in halves]
         self._children = [dict(block._modules) for block in layout.blocks]
-        self._no_embedding: dict[str, nn.Module] = {path: blank(found)}
+        self._no_embedding: dict[str, nn.Module] = {paths[found]: blank(found)}
+        self._no_head: dict[str, nn.Module] = {}
+        if isinstance(head, nn.Linear) and head in paths:
+            self._no_head = {paths[head]: blank_head(head)}
 
-    def read(self, inputs: dict[str, Any], every_position: bool) -> tuple[list[Tensor], Tensor]:
+    def read(self, inputs: dict[str, Any], logits: bool) -> tuple[list[Tensor], Tensor]:
         """Return the residual at every site and the logits, without gradient.
 
-        Unless `every_position`, the logits may be those of the last position only.
+        Unless `logits` are asked for, what is returned in their place means nothing.
         """
         stream: list[Tensor] = []
         stand_ins = {k: self._recording(k, stream) for k in range(len(self.layout.blocks))}
         with torch.no_grad():
-            return stream, self._forward(stand_ins, inputs, every_position)
+            return stream, self._forward(stand_ins, inputs, logits)
+
+    def last_residual(self, inputs: dict[str, Any]) -> Tensor:
+        """Return the residual at the last site, without gradient."""
+        stream: list[Tensor] = []
+        k = len(self.layout.blocks) - 1
+        with torch.no_grad():
+            self._forward({k: self._recording(k, stream)}, inputs, False)
+        return stream[-1]
 
     def calls(self, inputs: dict[str, Any], embedded: bool = False) -> list[Call]:
         """Return the arguments with which the model calls every block.
@@ -82,14 +93,14 @@ class StandIns:
         self,
         entries: Sequence[tuple[int, Tensor]],
         inputs: dict[str, Any],
-        every_position: bool,
+        logits: bool,
         axes: "BatchAxes | None" = None,
     ) -> tuple[Tensor, Tensor]:
         """Return the residual at the last site, and the logits, of rows that enter at given sites.
 
         `entries` are (site, h) with ascending sites. The rows of `inputs` belong to the rows of the
         entries, in the same order. More than one entry needs `axes`. Nothing before the first site
-        is computed.
+        is computed. Unless `logits` are asked for, what is returned in their place means nothing.
         """
         waiting, rows = list(entries), sum(len(h) for _, h in entries)
         k_first = min(entries[0][0] // self.stride, len(self.layout.blocks) - 1)
@@ -126,8 +137,8 @@ class StandIns:
         for k in range(k_first, len(self.layout.blocks)):
             original = self.layout.blocks[k]
             stand_ins[k] = forwarding(original, lambda *a, _k=k, **kw: block(_k, *a, **kw))
-        logits = self._forward(stand_ins, inputs, every_position, self._no_embedding)
-        return final[0], logits
+        answered = self._forward(stand_ins, inputs, logits, self._no_embedding)
+        return final[0], answered
 
     def besides(self, inputs: dict[str, Any], others: dict[str, Any]) -> str:
         """Return a text that names an argument of a block that differs with the tokens, or "".
@@ -149,12 +160,18 @@ class StandIns:
         self,
         stand_ins: dict[int, nn.Module],
         inputs: dict[str, Any],
-        every_position: bool,
+        logits: bool,
         parts: dict[str, nn.Module] | None = None,
     ) -> Tensor:
-        """Return the logits of the model with stand-ins for some blocks."""
+        """Return the logits of the model with stand-ins for some blocks.
+
+        Unless `logits` are asked for, the unembedding, which may cost more than all blocks, is
+        replaced too, and where the family can it is asked for one position only.
+        """
         inside = {f"{self.layout.path}.{k}": module for k, module in stand_ins.items()}
-        if not every_position and self._keeps:
+        if not logits:
+            inside |= self._no_head
+        if not logits and self._keeps:
             inputs = inputs | {"logits_to_keep": 1}
         return replaced(self.model, inside | (parts or {}))(**inputs).logits
 

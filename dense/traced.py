@@ -19,6 +19,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from .edit import Edit, Edits, LiveEdit, check_edits
+from .inputs import at_positions, check_positions
 from .model import DenseModel
 
 
@@ -27,13 +28,16 @@ def run_edited(
     ids: Int[Tensor, "batch pos"],
     edits: Edits,
     attention_mask: Shaped[Tensor, "batch pos"] | None = None,
-) -> Float[Tensor, "batch pos vocab"]:
+    positions: Int[Tensor, "batch wanted"] | None = None,
+) -> Float[Tensor, "batch pos vocab"] | Float[Tensor, "batch wanted vocab"]:
     """Return the logits of `dense` with `edits` applied, through nnsight.
 
     Edits at one site add up; those at different sites act in depth order, each on the stream that
     the earlier ones have changed. No edits, or edits of amount 0, give the plain model's logits
-    bit for bit. Gradients flow to directions and amounts. Raises ValueError for an edit that does
-    not fit the model.
+    bit for bit. Gradients flow to directions and amounts. With `positions`, only the logits there
+    are computed, as in `DenseModel.logits`: the trace ends at the last site, and the residual there
+    is unembedded at those positions. Raises ValueError for an edit that does not fit the model, and
+    for positions that `ids` do not have.
 
     >>> import torch
     >>> from dense import Edit, run_edited, tiny
@@ -45,10 +49,18 @@ def run_edited(
     check_edits(dense, edits)
     inputs = dense.inputs(ids, attention_mask)
     traced = _shared(dense)
-    with traced.trace(**inputs):
+    if positions is None:
+        with traced.trace(**inputs):
+            apply_edits(traced, dense, edits, attention_mask=attention_mask, ids=ids)
+            logits = traced.output.logits.save()
+        return logits
+    check_positions(positions, ids)
+    end = dense.site_path(dense.n_sites - 1)
+    with traced.trace(**inputs) as tracer:
         apply_edits(traced, dense, edits, attention_mask=attention_mask, ids=ids)
-        logits = traced.output.logits.save()
-    return logits
+        h = traced.get(end).output.save()
+        tracer.stop()  # what comes after it, the head at every token, is not run
+    return dense.unembed(*at_positions(positions, h, ids))
 
 
 def generate_edited(

@@ -187,3 +187,8 @@ def blank(embedding: nn.Module) -> nn.Module:
         return weight.new_zeros(*ids.shape, weight.shape[-1])
 
     return forwarding(embedding, forward)
+
+
+def blank_head(head: nn.Linear) -> nn.Module:
+    """Return a twin of an unembedding that answers with zeros, for passes without logits."""
+    return forwarding(head, lambda h: h.new_zeros(*h.shape[:-1], head.out_features))

@@ -36,13 +36,14 @@ def main() -> None:
 
     batch = circuit.task.batch(run.tokenizer, "test")
     ids, other = batch.ids, batch.counterfactual()
+    last = batch.last[:, None]  # the scored position of every prompt: logits are wanted there only
     control = list(circuit.random(run.sparse, args.seed))
     print("P(target of the other context) in the full softmax, mean over the test split:")
     for strength in (0.0, 0.5, 1.0, 2.0):
         chances = []
         for nodes in (list(circuit), control):
-            logits = mapped.steer(ids, other, nodes=nodes, site=site, strength=strength)
-            p = batch.scored(logits).softmax(-1)
+            how = {"nodes": nodes, "site": site, "strength": strength, "positions": last}
+            p = mapped.steer(ids, other, **how).squeeze(1).softmax(-1)
             chances.append(p.gather(1, batch.foil[:, None]).mean().item())
         print(f"  strength {strength}: {chances[0]:.3f}   random circuit: {chances[1]:.3f}")
 

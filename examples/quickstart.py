@@ -35,11 +35,12 @@ def main() -> None:
 
     mapped = map_circuit(circuit, run.dense)  # the same circuit, as edits of the dense model
     batch = task.batch(run.tokenizer, "test").take(torch.tensor([0]))  # one pair of prompts
-    before, after = run.dense.logits(batch.ids), mapped.steer(batch.ids, batch.counterfactual())
+    before = run.dense.last_logits(batch.ids, batch.last)  # at the scored position of each prompt
+    after = mapped.steer(batch.ids, batch.counterfactual(), positions=batch.last[:, None])[:, 0]
     for i, ids in enumerate(batch.ids):
         own, other = (run.tokenizer.decode(x[i]) for x in (batch.target, batch.foil))
-        last, up, down = batch.last[i], batch.foil[i], batch.target[i]
-        p0, p1 = (float((y[i, last, up] - y[i, last, down]).sigmoid()) for y in (before, after))
+        up, down = batch.foil[i], batch.target[i]
+        p0, p1 = (float((y[i, up] - y[i, down]).sigmoid()) for y in (before, after))
         print(f"{run.tokenizer.decode(ids)!r}, then {other!r} rather than {own!r}:")
         print(f"    probability {p0:.3f}, steered {p1:.3f}")
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from bridges.maps.bridge import BridgeSet
@@ -35,7 +35,9 @@ from .intervention import (
     bridged,
 )
 
-Logits = Float[Tensor, "batch pos vocab"]
+Logits = Float[Tensor, "batch pos vocab"] | Float[Tensor, "batch wanted vocab"]
+Positions = Int[Tensor, "batch wanted"] | None
+"""Columns of the ids at which logits are wanted, some for every row; None means at all of them."""
 MOVED = {  # old methods and what replaces them, for the message of `__getattr__`
     "ablation_edits": "edits_of(Ablation(...), ids)",
     "steering_edits": "edits_of(Steering(counterfactual_ids, ...), ids)",
@@ -100,15 +102,18 @@ class DenseCircuit:
         site: int | None = None,
         strength: Strength = 1.0,
         attention_mask: Mask = None,
+        positions: Positions = None,
     ) -> Logits:
         """Return the dense logits with the circuit's nodes (or `nodes`) ablated.
 
         `kind` says at which value the nodes are held (`Ablation`). A row that is padded, with an
-        `attention_mask` that says so, gives the same logits as it does alone. Gradients flow to
-        `strength`, the factor on the delta.
+        `attention_mask` that says so, gives the same logits as it does alone. With `positions`,
+        only the logits at position positions[b, i] of every row b are computed: for the scored ones
+        of a task, give `batch.last[:, None]`. Gradients flow to `strength`, the factor on the
+        delta.
         """
         done = Ablation(nodes, kind)
-        return self._run(done, ids, site, strength, attention_mask)
+        return self._run(done, ids, site, strength, attention_mask, positions)
 
     def steer(
         self,
@@ -119,15 +124,16 @@ class DenseCircuit:
         strength: Strength = 1.0,
         mode: Literal["transport", "read"] = "transport",
         attention_mask: Mask = None,
+        positions: Positions = None,
     ) -> Logits:
         """Return the dense logits with the nodes moved towards their counterfactual values.
 
         These are the values that the nodes have in a run of the sparse model on
         `counterfactual_ids`, which has the shape and the padding of `ids`. At strength 1 the nodes
-        are moved all the way. `mode` is that of `Steering`.
+        are moved all the way. `mode` is that of `Steering`, and `positions` as in `ablate`.
         """
         done = Steering(counterfactual_ids, nodes, mode)
-        return self._run(done, ids, site, strength, attention_mask)
+        return self._run(done, ids, site, strength, attention_mask, positions)
 
     def interchange(
         self,
@@ -136,13 +142,14 @@ class DenseCircuit:
         nodes: Nodes = None,
         site: int | None = None,
         attention_mask: Mask = None,
+        positions: Positions = None,
     ) -> Logits:
         """Return the dense logits with the nodes' values taken from a run on `source_ids`.
 
         An interchange is a steering of strength 1 in mode "transport".
         """
         done = Steering(source_ids, nodes)
-        return self._run(done, ids, site, 1.0, attention_mask)
+        return self._run(done, ids, site, 1.0, attention_mask, positions)
 
     def edits_of(
         self,
@@ -248,13 +255,13 @@ class DenseCircuit:
         steering.check(self, ids)
         sites = self._candidates(steering)
         changes = steering.changes(self, ids)
-        before = logit_difference(batch.scored(self.dense.logits(ids)), batch)
+        before = logit_difference(self.dense.last_logits(ids, batch.last), batch)
         effects = {}
         with torch.no_grad():
             for s in sites:
                 edits = self.transport_edits(changes[self.bridges.config.pairs[s]], s)
-                after = logit_difference(batch.scored(run_edited(self.dense, ids, edits)), batch)
-                effects[s] = float((before - after).mean())
+                after = run_edited(self.dense, ids, edits, positions=batch.last[:, None])
+                effects[s] = float((before - logit_difference(after[:, 0], batch)).mean())
         best = max(effects, key=effects.__getitem__)
         return replace(self, site=best, site_effects=effects)
 
@@ -276,9 +283,10 @@ class DenseCircuit:
         site: int | None,
         strength: Strength,
         attention_mask: Mask,
+        positions: Positions,
     ) -> Logits:
         edits = self.edits_of(intervention, ids, site, strength, attention_mask)
-        return run_edited(self.dense, ids, edits, attention_mask)
+        return run_edited(self.dense, ids, edits, attention_mask, positions)
 
     def _candidates(self, steering: Steering) -> list[int]:
         """Return the bridged dense sites whose sparse site comes after a node of the circuit."""

@@ -22,8 +22,11 @@ from sparse.circuits.circuit import Circuit
 from sparse.tasks.batch import TaskBatch, logit_difference, task_nats
 from sparse.tasks.task import Task
 
-LOGITS_AT_ONCE = 2**26
-"""Largest number of logits in one forward; it decides how many deltas are run together."""
+NUMBERS_AT_ONCE = 2**26
+"""Largest number of activations and logits in one forward, as `Trial.together` counts them."""
+WIDEST = 8
+"""Numbers that a block holds at once for a token, in widths of the stream: the stream itself, what
+a sublayer reads, and the hidden layer of an MLP before and after its nonlinearity or gate."""
 TOLERANCE = 1e-3
 """Largest difference in logits allowed between `DenseCircuit.steer` and resuming at its site."""
 
@@ -58,22 +61,32 @@ class Trial:
         return next(self.many([delta]))
 
     def many(self, deltas: Sequence[Tensor] | Iterator[Tensor]) -> Iterator[Tensor]:
-        """Yield `logits` for every delta, several deltas in one forward (LOGITS_AT_ONCE)."""
-        n, pos = self.ids.shape
-        together = max(1, LOGITS_AT_ONCE // (n * pos * self.dense.vocab_size))
+        """Yield `logits` for every delta, several deltas in one forward (`together`)."""
         waiting: list[Tensor] = []
         for delta in deltas:
             waiting.append(delta)
-            if len(waiting) == together:
+            if len(waiting) == self.together:
                 yield from self._run(waiting)
                 waiting = []
         if waiting:
             yield from self._run(waiting)
 
+    @property
+    def together(self) -> int:
+        """Number of deltas that are run in one forward.
+
+        For one prompt a forward holds the logits of its scored position, and WIDEST d_dense numbers
+        at each of its positions.
+        """
+        n, pos = self.ids.shape
+        one = n * (self.dense.vocab_size + WIDEST * pos * self.dense.d_resid)
+        return max(1, NUMBERS_AT_ONCE // one)
+
     def _run(self, deltas: list[Tensor]) -> list[Tensor]:
         h = torch.cat([self.h + delta for delta in deltas])
-        out = self.dense.resume(self.site, h, self.ids.repeat(len(deltas), 1))
-        return [self.batch.scored(part) for part in out.chunk(len(deltas))]
+        ids, last = (x.repeat(len(deltas), 1) for x in (self.ids, self.batch.last[:, None]))
+        out = self.dense.resume(self.site, h, ids, positions=last)
+        return list(out.squeeze(1).chunk(len(deltas)))
 
     def moved(self, logits: Tensor) -> Float[Tensor, " pair"]:
         """Return P(target of the other context), in the softmax over the pair's two targets."""
@@ -97,7 +110,8 @@ class Trial:
 
     def check(self) -> None:
         """Raise ValueError unless resuming at the site gives what `DenseCircuit.steer` gives."""
-        public = self.batch.scored(self.mapped.steer(self.ids, self.counterfactual))
+        last = self.batch.last[:, None]
+        public = self.mapped.steer(self.ids, self.counterfactual, positions=last).squeeze(1)
         if (gap := float((public - self.logits(self.delta)).abs().max())) > TOLERANCE:
             raise ValueError(
                 f"evaluate_transfer: DenseCircuit.steer and resuming at site {self.site} differ by "

@@ -131,9 +131,9 @@ class Attention(nn.Module):
         """Return what attention writes, (batch pos d_resid), and the attention weights.
 
         The weights are None unless the form of attention that computes them runs
-        (`sparse.ops.attention_sink.eager_sink`). With `at`, one position for every row, only the
-        query at that position is run and (batch 1 d_resid) is returned; the attention mask must
-        then be the one of that query, (batch 1 1 pos).
+        (`sparse.ops.attention_sink.eager_sink`). With `at`, some positions of every row, (batch
+        wanted), only the queries there are run and (batch wanted d_resid) is returned; the
+        attention mask must then be that of these queries, (batch 1 wanted pos).
         """
         x = self.act_in(x)
         q, k, v = self.qkv(x).chunk(3, dim=-1)
@@ -200,8 +200,8 @@ class Block(GradientCheckpointingLayer):
     def attend(self, z: Tensor, positions: Tensor | None = None, at=None, **call) -> Tensor:
         """Return the residual after the attention sublayer, from `z` before it.
 
-        `positions` are concatenated position channels. With `at`, one position for every row, only
-        the residual there is returned, (batch 1 d_resid).
+        `positions` are concatenated position channels. With `at`, some positions of every row,
+        (batch wanted), only the residual there is returned, (batch wanted d_resid).
         """
         u = _beside(self.norm_1(z), self.norm_p1, positions)
         return self._settle(picked(z, at) + self.attn(u, at=at, **call)[0], self.k_attn)
@@ -223,10 +223,10 @@ class Block(GradientCheckpointingLayer):
 
 
 def picked(
-    x: Float[Tensor, "batch pos d"], at: Int[Tensor, " batch"] | None
+    x: Float[Tensor, "batch pos d"], at: Int[Tensor, "batch wanted"] | None
 ) -> Float[Tensor, "batch _ d"]:
-    """Return x at position `at` of every row, (batch 1 d); all of x where `at` is None."""
-    return x if at is None else x[torch.arange(len(x), device=x.device), at].unsqueeze(1)
+    """Return x at positions `at` of every row, (batch wanted d); all of x where `at` is None."""
+    return x if at is None else x[torch.arange(len(x), device=x.device)[:, None], at]
 
 
 def _beside(u: Tensor, norm: nn.Module | None, positions: Tensor | None) -> Tensor:

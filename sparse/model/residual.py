@@ -1,7 +1,8 @@
 """The residual stream of a weight-sparse GPT: read it at every site, run the model on from any.
 
     residuals(ids)                  [z_0 .. z_2L]
-    resume(s, z_s, ids)             the logits of the model run on from z_s
+    resume(s, z_s, ids)             the logits of the model run on from z_s, at all positions or
+                                    at some
     joined({s: z_s, ..}, {s: ids})  the last residuals of rows that enter at several sites, in one
                                     pass
     last_logits(ids, t)             the logits at one position of every row, and no others
@@ -75,14 +76,17 @@ class ResidualAccess(SparseGPTPreTrainedModel):
         h: Float[Tensor, "batch pos d_resid"],
         ids: Int[Tensor, "batch pos"],
         attention_mask: Tensor | None = None,
-    ) -> Float[Tensor, "batch pos vocab"]:
+        positions: Int[Tensor, "batch wanted"] | None = None,
+    ) -> Float[Tensor, "batch pos vocab"] | Float[Tensor, "batch wanted vocab"]:
         """Return the logits of the model when it runs on from residual `h` at `site`.
 
             resume(s, residuals(ids)[s], ids) = the logits of ids    for every site s
 
         `ids` are the tokens that `h` belongs to; the bigram table needs them. Nothing before the
-        site is computed. Raises ValueError for a site that is not there, or where the shape of `h`
-        does not fit `ids` and the model's width.
+        site is computed. With `positions`, which are columns of `ids` in any order, only the logits
+        there are computed, at position positions[b, i] of every row b, and of the last layer only
+        what they need (`last_logits`). Raises ValueError for a site or a position that is not
+        there, or where the shape of `h` does not fit `ids` and the model's width.
         """
         if not 0 <= site < self.n_sites:
             raise ValueError(f"SparseGPT.resume: site {site} is outside 0..{self.n_sites - 1}")
@@ -92,6 +96,8 @@ class ResidualAccess(SparseGPTPreTrainedModel):
                 f"{self.d_resid} need {(*ids.shape, self.d_resid)}"
             )
         call = self.model.context(h, attention_mask)
+        if positions is not None:
+            return self._logits_at(positions, site, h, call, ids)
         return self._head(self.model.finish(self._run(site, h, call)[-1]), ids)
 
     def unembed(
@@ -112,19 +118,11 @@ class ResidualAccess(SparseGPTPreTrainedModel):
         In the last layer, the query of attention and all that follows it are run at those positions
         only, and so is the unembedding. In that layer node values are (batch, 1, width), except at
         attn.act_in, attn.k and attn.v, which are needed at every position before. Padding after
-        position last[b] needs no mask, since that position does not see it.
+        position last[b] needs no mask, since that position does not see it. Raises ValueError for a
+        position that is not there.
         """
-        trunk, n_pos = self.model, ids.shape[1]
-        z, call = trunk.prepare(trunk.wte(ids))
-        for s in range(self.n_sites - 3):
-            z = self._step(s, z, call)
-        final, positions = self._block(-1), call["positions"]
-        seen = torch.arange(n_pos, device=ids.device) <= last[:, None]
-        z = final.attend(z, positions, last, attention_mask=seen[:, None, None])
-        if positions is not None:
-            positions = picked(positions.expand(len(ids), -1, -1), last)
-        z = final.think(z, positions).squeeze(1)
-        return self.unembed(z, ids.gather(1, last[:, None]).squeeze(1))
+        z, call = self.model.prepare(self.model.wte(ids))
+        return self._logits_at(last[:, None], 0, z, call, ids).squeeze(1)
 
     def joined(
         self,
@@ -170,6 +168,28 @@ class ResidualAccess(SparseGPTPreTrainedModel):
             z = self._step(s, z, call)
             sites.append(z)
         return sites
+
+    def _logits_at(
+        self, at: Tensor, site: int, z: Tensor, call: dict, ids: Tensor
+    ) -> Float[Tensor, "batch wanted vocab"]:
+        """Return the logits at positions `at` of the model run on from `z` at `site`.
+
+        The last sublayers, as many as are left, are run at these positions only.
+        """
+        _check_positions(at, ids)
+        at = at.long()
+        final, attends = self._block(-1), self.n_sites - 3  # the site that its attention reads
+        for s in range(site, attends):
+            z = self._step(s, z, call)
+        beside = call["positions"]
+        if site <= attends:
+            z = final.attend(z, beside, at, attention_mask=_seen_from(at, call, z))
+        else:
+            z = picked(z, at)
+        if site <= attends + 1:
+            beside = None if beside is None else picked(beside.expand(len(ids), -1, -1), at)
+            z = final.think(z, beside)
+        return self.unembed(z, ids.gather(1, at))
 
     def _step(self, s: int, z: Tensor, call: dict) -> Tensor:
         """Return the residual at site s + 1 from that at site s."""
@@ -220,6 +240,40 @@ class ResidualAccess(SparseGPTPreTrainedModel):
                 f"SparseGPT.joined: rows of one pass have {sorted(lengths)} positions; cut them to "
                 "one number or run them apart"
             )
+
+
+def _seen_from(at: Int[Tensor, "batch wanted"], call: dict, z: Tensor) -> Tensor:
+    """Return the attention mask of the queries at positions `at`, (batch 1 wanted pos)."""
+    mask, n_pos = call["attention_mask"], z.shape[1]
+    if mask is None:  # causal, nothing padded
+        return (torch.arange(n_pos, device=z.device) <= at[..., None])[:, None]
+    rows = at[:, None, :, None].expand(-1, mask.shape[1], -1, n_pos)
+    return mask.expand(len(at), -1, -1, -1).gather(2, rows)
+
+
+def _check_positions(at: Tensor, ids: Tensor) -> None:
+    """Raise ValueError unless `at` is (batch, wanted) and holds positions that `ids` have.
+
+    On an accelerator the range is checked there, without waiting for the result; a wrong position
+    then stops the program.
+    """
+    n_rows, n_pos = ids.shape
+    whole = not (at.is_floating_point() or at.dtype == torch.bool)
+    if at.ndim != 2 or len(at) != n_rows or not at.numel() or not whole:
+        raise ValueError(
+            f"SparseGPT: positions are {at.dtype} {tuple(at.shape)}, but {n_rows} rows need whole "
+            f"numbers of shape ({n_rows}, 1 or more); for one position a row, last, give "
+            "last[:, None]"
+        )
+    inside = ((at >= 0) & (at < n_pos)).all()
+    if at.device.type != "cpu":
+        says = f"SparseGPT: there are positions outside 0..{n_pos - 1}"
+        torch._assert_async(inside, says)  # pyright: ignore[reportPrivateImportUsage]
+    elif not inside:
+        raise ValueError(
+            f"SparseGPT: positions range over {int(at.min())}..{int(at.max())}, but the ids have "
+            f"0..{n_pos - 1}; count from the first column, padding included"
+        )
 
 
 class _Joined(torch.autograd.Function):

@@ -22,7 +22,7 @@ def shape(**fields):
 
 def stub(n_sites=5, d_resid=12, mark="a"):
     """The least that has sites and a width."""
-    names = ("residuals", "resume", "joined", "unembed")
+    names = ("residuals", "resume", "last_logits", "joined", "unembed")
     methods = {name: (lambda *args: None) for name in names}
     shape = dict(n_sites=n_sites, d_resid=d_resid, vocab_size=23)
     return SimpleNamespace(**shape, fingerprint=mark, **methods)

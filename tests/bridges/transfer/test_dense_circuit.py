@@ -100,6 +100,28 @@ def test_ablating_and_steering_are_what_plain_hooks_do(mapped, ids, other, site)
 
 
 @torch.no_grad()
+def test_the_wanted_logits_of_every_intervention_are_those_of_all(mapped, ids, other):
+    n_rows, n_pos = ids.shape
+    wanted = torch.stack([torch.arange(n_rows) % n_pos, torch.arange(n_rows) + 1], 1) % n_pos
+    mask = torch.ones_like(ids)
+    mask[0, -1] = 0
+    reads = [Node("1.mlp.act_in", 3)]
+    for call in (
+        lambda **how: mapped.ablate(ids, **how),
+        lambda **how: mapped.steer(ids, other, **how),
+        lambda **how: mapped.steer(ids, other, reads, mode="read", **how),
+        lambda **how: mapped.interchange(ids, other, **how),
+    ):
+        for given in (None, mask):
+            want = call(attention_mask=given).take_along_dim(wanted[..., None], 1)
+            got = call(attention_mask=given, positions=wanted)
+            # other shapes, other order of summation in the kernels
+            torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+            plain = mapped.dense.logits(ids, given, positions=wanted)
+            assert (got - plain).abs().max() > 1e-3  # control: it does something
+
+
+@torch.no_grad()
 def test_strength_zero_leaves_the_dense_logits_bit_for_bit(mapped, ids, other):
     want = mapped.dense.logits(ids)
     reads = [Node("1.mlp.act_in", 3)]

@@ -6,7 +6,7 @@ import torch
 from bridges.transfer.intervention import Ablation, Steering
 from dense import Edit, run_edited
 from evals.claims.transfer import evaluate_transfer, measure_transfer
-from evals.claims.trial import Trial
+from evals.claims.trial import WIDEST, Trial
 from evals.scores.controls import random_like, rotated
 
 
@@ -28,10 +28,10 @@ class Planted:
             return random_like(true, 12345 + (len(nodes) if nodes else 0))
         return self.share * true
 
-    def steer(self, ids, counterfactual_ids, strength=1.0):
+    def steer(self, ids, counterfactual_ids, strength=1.0, positions=None):
         delta = self.delta(Steering(counterfactual_ids), ids)
         edit = Edit(site=self.site, direction=delta, amount=strength + self.engine_error)
-        return run_edited(self.dense, ids, [edit])
+        return run_edited(self.dense, ids, [edit], positions=positions)
 
 
 FEW: dict = {
@@ -100,8 +100,37 @@ def test_the_fast_engine_is_the_nnsight_path(trial):
 
 
 def test_strength_zero_is_exactly_the_untouched_model(trial):
-    plain = trial.batch.scored(trial.dense.logits(trial.ids))
+    plain = trial.dense.last_logits(trial.ids, trial.batch.last)
     assert torch.equal(trial.logits(0 * trial.delta), plain)
+    # one position in the place of all: other shapes, other order of summation
+    torch.testing.assert_close(plain, trial.batch.scored(trial.dense.logits(trial.ids)))
+
+
+def test_deltas_that_are_run_together_answer_as_they_do_alone(trial, monkeypatch):
+    deltas = [random_like(trial.delta, seed) for seed in range(5)]
+    alone = [trial.logits(delta) for delta in deltas]
+    rows = []
+    resume = trial.dense.resume
+
+    def counted(site, h, ids, **how):
+        rows.append(len(h) // len(trial.ids))
+        return resume(site, h, ids, **how)
+
+    monkeypatch.setattr(trial.dense, "resume", counted)
+    n, pos = trial.ids.shape
+    one = n * (trial.dense.vocab_size + WIDEST * pos * trial.dense.d_resid)
+    for room, sizes in (
+        (1, [1] * 5),
+        (2 * one, [2, 2, 1]),
+        (3 * one - 1, [2, 2, 1]),
+        (9 * one, [5]),
+    ):
+        monkeypatch.setattr("evals.claims.trial.NUMBERS_AT_ONCE", room)
+        rows.clear()
+        for got, want in zip(trial.many(deltas), alone, strict=True):
+            torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+        assert rows == sizes
+    assert (alone[0] - alone[1]).abs().max() > 1e-2  # control
 
 
 def test_a_full_patch_planted_as_a_circuit_beats_every_random_direction(plant, task):

@@ -146,6 +146,76 @@ def test_rows_that_enter_at_every_site_at_once_end_as_they_do_alone(model):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_the_wanted_logits_are_those_of_all(model, implementation):
+    model.set_attn_implementation(implementation)
+    ids = random_ids(3, 9)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    mask[1, 7:] = 0
+    wanted = torch.tensor([[8, 4, 5], [6, 6, 1], [0, 8, 2]])  # in any order, also twice
+    for given in (None, mask):
+        for site, z in enumerate(model.residuals(ids, given)):
+            whole = model.resume(site, 2 * z + 1, ids, given)
+            want, other = (whole.take_along_dim(p[..., None], 1) for p in (wanted, wanted.flip(1)))
+            got = model.resume(site, 2 * z + 1, ids, given, wanted)
+            torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+            assert not torch.allclose(want, other, atol=1e-2)  # control
+            assert not torch.allclose(want, want.roll(1, 0), atol=1e-2)
+    for got in (
+        model.last_logits(ids, wanted[:, 1]),
+        model.resume(0, model.residuals(ids)[0], ids, positions=wanted[:, 1:2])[:, 0],
+    ):
+        want = model(ids).logits[torch.arange(3), wanted[:, 1]]
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+def test_gradients_are_those_of_the_wanted_logits_of_all(model):
+    ids, wanted = random_ids(3, 9), torch.tensor([[8, 4], [6, 6], [0, 2]])
+    for site, z in enumerate(model.residuals(ids)):
+        slopes = []
+        for positions in (None, wanted):
+            h = (2 * z + 1).detach().requires_grad_()
+            y = model.resume(site, h, ids, positions=positions)
+            y = y.take_along_dim(wanted[..., None], 1) if positions is None else y
+            slopes.append(torch.autograd.grad(y.sin().sum(), h)[0])
+        torch.testing.assert_close(*slopes, atol=1e-4, rtol=1e-4)  # other order of summation
+        assert slopes[0].norm() > 0
+
+
+@torch.no_grad()
+def test_the_last_sublayers_and_the_head_run_on_the_wanted_positions_only():
+    model, ids = build(**VARIANTS["everything"]), random_ids(3, 9)
+    wanted, seen = torch.tensor([[8, 4], [6, 6], [0, 2]]), {}
+    for name in ("model.blocks.1.mlp.fc", "model.blocks.0.mlp.fc", "lm_head"):
+        module = model.get_submodule(name)
+        module.register_forward_pre_hook(
+            lambda m, args, name=name: seen.update({name: args[0][..., 0].numel()})
+        )
+    for site, z in enumerate(model.residuals(ids)):
+        seen.clear()
+        model.resume(site, z, ids, positions=wanted)
+        assert seen["lm_head"] == 6 and seen.get("model.blocks.1.mlp.fc", 6) == 6
+        assert seen.get("model.blocks.0.mlp.fc", 27) == 27
+    model.resume(0, model.residuals(ids)[0], ids)
+    assert seen["lm_head"] == seen["model.blocks.1.mlp.fc"] == 27  # control
+
+
+def test_positions_that_the_ids_do_not_have_are_refused():
+    model, ids = build(), random_ids(3, 9)
+    z, wanted = model.residuals(ids)[2].detach(), torch.tensor([[8], [4], [0]])
+    for wrong, why in (
+        (wanted + 1, r"range over 1\.\.9, but the ids have 0\.\.8; count from the first column"),
+        (wanted - 9, r"range over -9\.\.-1, but the ids have 0\.\.8"),
+        (wanted[:, :0], r"\(3, 0\), but 3 rows need whole numbers of shape \(3, 1 or more\)"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            model.resume(2, z, ids, positions=wrong)
+    with pytest.raises(ValueError, match="range over 9"):
+        model.last_logits(ids, torch.full((3,), 9))
+
+
+@torch.no_grad()
 def test_resuming_computes_nothing_before_the_site():
     model, ids = build(**VARIANTS["everything"]), random_ids()
     ran = []

@@ -85,7 +85,7 @@ def full_shape():
         n_sites=25,
         d_resid=768,
         vocab_size=50257,
-        **dict.fromkeys(("residuals", "resume", "joined", "unembed"), print),
+        **dict.fromkeys(("residuals", "resume", "last_logits", "joined", "unembed"), print),
     )
 
 

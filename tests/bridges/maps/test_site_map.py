@@ -14,7 +14,7 @@ VOCAB = 3000
 
 def stub(tables):
     """A model whose residual at each site is looked up by token alone: (site, token, d)."""
-    names = ("resume", "joined", "unembed")
+    names = ("resume", "last_logits", "joined", "unembed")
     return SimpleNamespace(
         n_sites=len(tables),
         d_resid=tables.shape[-1],

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from bridges import load_run
 from evals.claims.circuit import evaluate_circuit, nonsense_at_size
 from sparse.circuits.pruning.config import PruneConfig
 from sparse.circuits.pruning.learn import learn
@@ -20,7 +21,7 @@ def named(rows):
 
 @pytest.fixture(scope="module")
 def found(sparse, task, dense):
-    return prune(sparse, task, QUICK, tokenizer=dense.tokenizer)
+    return prune(sparse, task, QUICK, tokenizer=dense.tokenizer, force=True)
 
 
 def test_the_whole_model_is_a_sufficient_circuit_and_so_is_its_control(
@@ -39,14 +40,20 @@ def test_the_whole_model_is_a_sufficient_circuit_and_so_is_its_control(
     assert rows["necessity"].value == pytest.approx(row.detail["everything ablated"], abs=1e-6)
 
 
-def test_a_circuit_that_was_found_beats_random_ones_and_is_necessary(sparse, found, dense):
-    rows = named(evaluate_circuit(sparse, found, dense.tokenizer, draws=20))
+def test_a_circuit_that_was_found_beats_random_ones_and_is_necessary():
+    run = load_run("tiny")
+    circuit = run.circuits()["while_return_true"]
+    rows = named(evaluate_circuit(run.sparse, circuit, run.tokenizer, draws=20))
     assert (
-        rows["sufficiency, zero ablation"].verdict == "beats 20 of 20 random circuits of equal size"
+        rows["sufficiency, mean ablation"].verdict == "beats 20 of 20 random circuits of equal size"
     )
     assert rows["necessity"].verdict.startswith("beats 20 of 20 random sets")
-    assert rows["edges among its nodes"].value == len(found.edges(sparse))
-    assert rows["nodes"].control == found.n_total
+    assert rows["edges among its nodes"].value == len(circuit.edges(run.sparse))
+    assert rows["nodes"].control == circuit.n_total
+
+
+def test_without_means_there_is_no_row_of_mean_ablation(sparse, found, dense):
+    rows = named(evaluate_circuit(sparse, found, dense.tokenizer, draws=2))
     assert "mean ablation" not in " ".join(rows)
 
 
@@ -78,7 +85,7 @@ def test_the_nonsense_twin_of_equal_size_stands_beside_the_circuit(sparse, found
 
 def test_the_ranking_of_the_pruned_twin_saves_learning_it_again(sparse, found, dense, monkeypatch):
     learned = nonsense_at_size(sparse, found, dense.tokenizer)
-    twin = prune(sparse, found.task.nonsense(), QUICK, tokenizer=dense.tokenizer)
+    twin = prune(sparse, found.task.nonsense(), QUICK, tokenizer=dense.tokenizer, force=True)
     unlike = replace(twin, config=twin.config | {"n_steps": 81})
     calls = []
     monkeypatch.setattr("evals.claims.circuit.learn", lambda *a: calls.append(a) or learn(*a))

@@ -40,7 +40,7 @@ def run(dense, sparse, tmp_path_factory):
     for name in (TASK, f"{TASK}:nonsense"):
         task = get_task(name)
         few = {split: task.pairs(split)[:20] for split in SPLITS}
-        prune(run.sparse, replace(task, **few), config).save(run.circuit_folder(name))
+        prune(run.sparse, replace(task, **few), config, force=True).save(run.circuit_folder(name))
     return run
 
 

@@ -29,7 +29,7 @@ def test_control_no_small_circuit_does_the_nonsense_twin(planted, words):
     """The twin's targets are unknown to the model: whatever is found is far from the target."""
     swapped = tuple(replace(p, target_1=" w1", target_2=" w2") for p in planted.task.train)
     twin = replace(planted.task, name="twin", train=swapped, validation=(), test=())
-    circuit = prune(planted.model, twin, FAST, tokenizer=words, means=planted.means)
+    circuit = prune(planted.model, twin, FAST, tokenizer=words, means=planted.means, force=True)
     assert not circuit.met and "NOT met" in " ".join(circuit.notes)
     assert any("full model itself" in note for note in circuit.notes)
     assert any("no validation split" in note for note in circuit.notes)

@@ -21,7 +21,6 @@ def main() -> None:
     p.add_argument("--task", default="single_double_quote")
     p.add_argument("--target_loss", type=float, default=0.15, help="nats per prompt to reach")
     p.add_argument("--prune_steps", type=int, default=600, help="optimizer steps on the masks")
-    p.add_argument("--ablation", choices=["mean", "zero"], default="mean", help="of other nodes")
     p.add_argument("--force", action="store_true", help="prune even if the twin cannot do the task")
     args = p.parse_args()
 
@@ -32,9 +31,7 @@ def main() -> None:
     run = load_run(args.run_dir)
     print(f"dense model: {task.score(run.dense, run.tokenizer)}")
     print(f"twin:        {task.score(run.sparse, run.tokenizer)}")
-    config = PruneConfig(
-        target_loss=args.target_loss, n_steps=args.prune_steps, ablation=args.ablation
-    )
+    config = PruneConfig(target_loss=args.target_loss, n_steps=args.prune_steps)
     forced = args.force or task.name.endswith(":nonsense")  # nobody does a nonsense task
     circuit = prune(run.sparse, task, config, tokenizer=run.tokenizer, force=forced)
     folder = run.circuit_folder(task.name)

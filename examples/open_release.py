@@ -40,16 +40,14 @@ def main() -> None:
     ids = tokenizer(text, return_tensors="pt").input_ids[:, :1024]
     nats = model(ids, labels=ids).loss.item()
     print(f"{folder}: {model.num_parameters():,} weights; {nats:.3f} nats per token of {args.text}")
+    means = node_means(model, ids, locations=[*model.node_widths(), "final_resid"])
     if args.folder is None:
         task, few = get_task("single_double_quote"), PruneConfig(n_steps=4, clean_up=0)
-        found = prune(
-            model, task, few, tokenizer=tokenizer, means=node_means(model, ids), force=True
-        )
+        found = prune(model, task, few, tokenizer=tokenizer, means=means, force=True)
         replay = release.Replay(circuit=found.resized(20), batch=task.batch(tokenizer, "train"))
         args.circuit = folder / "viz_data.pt"
         release.save_circuit(replay, model, args.circuit)
     if args.circuit:
-        means = node_means(model, ids, locations=[*model.node_widths(), "final_resid"])
         replay = release.load_circuit(args.circuit, model, tokenizer, args.targets, means=means)
         print(replay.circuit)
         print(f"replayed: {replay.loss(model):.4f} nats per prompt; stored: {replay.stored:.4f}")

@@ -19,13 +19,15 @@ from tests.helpers.readme import MAIN_JOB, SETUP, blocks, commands, run_words, s
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = {path.name: path for path in sorted((ROOT / "examples").glob("*.py"))}
 JOBS = {"train_bridge.py", "train_dense.py", "train_sparse.py"}
-JOBS |= {"sparsity_study.py", "bridge_study.py"}
+JOBS |= {"sparsity_study.py", "bridge_study.py", "task_study.py"}
 THIN = sorted(EXAMPLES.keys() - JOBS)
 PRINTS = {  # example: what it must have printed
     "train_bridge.py": "process(es) on",
     "quickstart.py": "steering",
     "sparsity_study.py": "wrote",
     "bridge_study.py": "| default |",
+    "check_task.py": "does it",
+    "task_study.py": "| `while_return_true` |",
     "find_circuit.py": "saved in",
     "map_to_dense.py": "strength 1.0",
     "evaluate.py": "wrote",
@@ -33,7 +35,10 @@ PRINTS = {  # example: what it must have printed
     "train_dense.py": "validation",
     "open_release.py": "replayed: 0.",
 }
-SMALL = {"n_steps=600": "n_steps=4", "draws=100": "draws=4"}  # in the Python tour
+SMALL = {  # in the Python tour; the twin of six steps does no task
+    "PruneConfig(n_steps=600)": "PruneConfig(n_steps=4), force=True",
+    "draws=100": "draws=4",
+}
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from sparse.circuits.circuit import Circuit
 from sparse.circuits.graph import Node
 from sparse.model.gpt import SparseGPT
 from sparse.tasks.batch import logit_difference
+from sparse.tasks.score import positions_of
 
 from .directions import first_moved, node_edits
 from .intervention import (
@@ -250,7 +251,8 @@ class DenseCircuit:
         times, the dense model once unedited and once for every candidate. Raises ValueError where
         no bridge comes after a node.
         """
-        batch = self.circuit.task.batch(self.tokenizer, split).to(self.dense.device)
+        longest = positions_of(self.dense, self.sparse)
+        batch = self.circuit.task.batch(self.tokenizer, split, longest).to(self.dense.device)
         ids, steering = batch.ids, Steering(batch.counterfactual())
         steering.check(self, ids)
         sites = self._candidates(steering)

@@ -31,6 +31,7 @@ from sparse.circuits.pruning.learn import learn
 from sparse.circuits.score import circuit_logits, last_logits
 from sparse.model.gpt import SparseGPT
 from sparse.tasks.batch import TaskBatch, task_nats
+from sparse.tasks.score import positions_of
 
 RANDOM = "random circuits of equal size"
 OTHERS = "random sets of equally many other nodes"
@@ -70,6 +71,7 @@ class _Split:
             "target loss": circuit.target_loss,
             "targets": [list(pair) for pair in batch.targets],
             "dropped pairs": batch.dropped,
+            "levels": batch.levels(),
         }
 
     def _logits(self, keep: Masks, ablation: Masks) -> Float[Tensor, "prompt vocab"]:
@@ -112,7 +114,8 @@ def evaluate_circuit(
     ('circuit.sufficiency.mean', 'nats', 'beats')
     """
     circuit.check(model)
-    batch = circuit.task.batch(tokenizer, split).to(next(model.parameters()).device)
+    batch = circuit.task.batch(tokenizer, split, positions_of(model))
+    batch = batch.to(next(model.parameters()).device)
     drawn = [circuit.random(model, seed + i) for i in range(draws)]
     apart = [circuit.random(model, seed + i, outside=True) for i in range(draws)]
     on_split = _Split(model, circuit, batch)
@@ -180,7 +183,8 @@ def nonsense_at_size(
         same = nonsense.model_fingerprint == circuit.model_fingerprint
         if same and _config(nonsense) == config:
             return nonsense.resized(k)
-    batch = twin.batch(tokenizer, "train").to(next(model.parameters()).device)
+    batch = twin.batch(tokenizer, "train", positions_of(model))
+    batch = batch.to(next(model.parameters()).device)
     everything = nodes_of(circuit.ablation)
     tau = learn(model.eval(), batch, config, circuit.ablation)
     best = tau.argsort(descending=True, stable=True)[:k].tolist()
@@ -252,7 +256,7 @@ def _nonsense(
     Only pairs that the tokenizer leaves in both tasks are used, so that the contexts are the same.
     """
     twin.check(model)
-    other = twin.task.batch(tokenizer, batch.split).to(batch.ids.device)
+    other = twin.task.batch(tokenizer, batch.split, positions_of(model)).to(batch.ids.device)
     place = {key: i for i, key in enumerate(_keys(other))}
     both = [(i, place[key]) for i, key in enumerate(_keys(batch)) if key in place]
     if len(both) < 2:

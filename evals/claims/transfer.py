@@ -158,6 +158,7 @@ def _steer_rows(
     others = [trial.steered_by(circuit) for circuit in trial.circuits(circuit_draws, seed)]
     detail = {
         "site": trial.site,
+        "levels": trial.batch.levels(),
         "untouched": float(trial.moved(untouched).mean()),
         "full activation patch": float(trial.moved(patch).mean()),
         "untouched logits": float(trial.margin(untouched).mean()),

@@ -20,6 +20,7 @@ from bridges.transfer.intervention import Steering
 from evals.scores.paired import per_pair
 from sparse.circuits.circuit import Circuit
 from sparse.tasks.batch import TaskBatch, logit_difference, task_nats
+from sparse.tasks.score import positions_of
 from sparse.tasks.task import Task
 
 NUMBERS_AT_ONCE = 2**26
@@ -41,7 +42,8 @@ class Trial:
     def __init__(
         self, dense_circuit: Any, task: Task, tokenizer: Any, split: str, max_pairs: int
     ) -> None:
-        batch = task.batch(tokenizer, split)
+        longest = positions_of(dense_circuit.dense, dense_circuit.sparse)
+        batch = task.batch(tokenizer, split, longest)
         batch = batch.take(torch.arange(min(max_pairs, batch.n_pairs)))
         self.mapped, self.dense = dense_circuit, dense_circuit.dense
         self.batch: TaskBatch = batch.to(self.dense.device)

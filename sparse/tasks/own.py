@@ -31,7 +31,11 @@ def read_jsonl(path: Path) -> list[tuple[Pair, str | None]]:
     Raises ValueError naming the line that cannot be read, and FileNotFoundError for no file.
     """
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # with or without a byte order mark
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from error
+    for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
@@ -54,6 +58,14 @@ def deal_out(
     pairs, in the order in which they first appear; so no level is in two splits. Raises ValueError
     for a pair without that factor.
     """
+    seen: set[tuple[str, str]] = set()
+    for pair, _ in pairs:
+        if (contexts := (pair.context_1, pair.context_2)) in seen:
+            raise ValueError(
+                f"the pair {contexts} is there twice; leave one out, since a repeated pair is no "
+                "further evidence"
+            )
+        seen.add(contexts)
     free = [pair for pair, split in pairs if split is None]
     if split_by is not None and (without := [p for p in free if split_by not in p.groups]):
         raise ValueError(

@@ -153,9 +153,10 @@ def config_of(model: Any) -> Any:
     return holder.config.get_text_config()
 
 
-def positions_of(model: Any) -> int | None:
-    """Return how many positions a model has, or None where its config does not say."""
-    return getattr(config_of(model), "max_position_embeddings", None)
+def positions_of(*models: Any) -> int | None:
+    """Return how many positions every one of the models has, or None where no config says."""
+    found = [getattr(config_of(model), "max_position_embeddings", None) for model in models]
+    return min((n for n in found if n is not None), default=None)
 
 
 def tokenizer_of(model: Any, who: str) -> PreTrainedTokenizerBase:

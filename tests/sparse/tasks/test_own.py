@@ -87,3 +87,14 @@ def test_a_split_of_its_own_is_kept_beside_dealt_ones():
     dealt = deal_out(pairs)
     assert [len(dealt[s]) for s in SPLITS] == [4, 1, 1]
     assert dealt["train"][-1].context_1 == "a9"
+
+
+def test_a_pair_given_twice_and_a_file_of_other_bytes_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"the pair \('a1', 'b1'\) is there twice"):
+        Task.from_pairs("mine", [row(1), row(2), row(1)])
+    path = tmp_path / "mine.jsonl"
+    path.write_bytes(b'{"context_1": "\xff"}')
+    with pytest.raises(ValueError, match="mine.jsonl: not UTF-8 text .*save it as UTF-8"):
+        Task.from_jsonl(path)
+    path.write_text(json.dumps(row(1)), encoding="utf-8-sig")
+    assert Task.from_jsonl(path).train[0].context_1 == "a1"

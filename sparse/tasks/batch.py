@@ -68,6 +68,15 @@ class TaskBatch:
         """Whether some pair has one target only, and REST in the place of the other."""
         return any(second is None for _, second in self.targets)
 
+    def told_by_last_token(self) -> float:
+        """Return the share of pairs whose two contexts end in different tokens.
+
+        A model can do these by its last token alone, without attention.
+        """
+        rows = torch.arange(len(self.last), device=self.ids.device)
+        first, second = self.ids[rows, self.last].view(2, -1)
+        return float((first != second).float().mean())
+
     def levels(self) -> dict[str, int]:
         """Return {factor: number of its levels among the pairs}: how many units are independent."""
         return {factor: len(set(levels) - {""}) for factor, levels in self.groups.items()}

@@ -41,6 +41,8 @@ class TaskScore:
     """Share of the prompts whose target has the larger logit; 1/2 by chance."""
     n_pairs: int
     """Number of pairs scored."""
+    told_by_last_token: float
+    """Share of these whose contexts end in different tokens, so that no attention is needed."""
     levels: Mapping[str, int]
     """{factor: number of its levels among the pairs}."""
     nats_by: Mapping[str, Mapping[str, float]]
@@ -98,6 +100,7 @@ def score_batch(model: Any, batch: TaskBatch) -> TaskScore:
         stderr=clustered_stderr(of_pair, batch.groups),
         accuracy=float(torch.cat(right).mean()),
         n_pairs=batch.n_pairs,
+        told_by_last_token=batch.told_by_last_token(),
         levels=batch.levels(),
         nats_by={factor: _means(of_pair, levels) for factor, levels in batch.groups.items()},
         targets=batch.targets,

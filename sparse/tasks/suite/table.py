@@ -53,19 +53,24 @@ class TaskTable:
 
     def __str__(self) -> str:
         width = max(len("task"), *(len(s.task) for s in self.scores))
-        rows = [("task", "nats", "s.e.", "accuracy", "pairs", "frames", "worst frame", "")]
+        head = ("nats", "s.e.", "accuracy", "pairs", "frames", "worst frame", "last token", "")
+        rows = [("task", *head)]
         for s in sorted(self.scores, key=lambda s: s.nats):
             numbers = (f"{s.nats:.3f}", f"{s.stderr:.3f}", f"{s.accuracy:.2f}", str(s.n_pairs))
             frames = str(s.levels.get("frame", "-"))
             word = "does it" if s.does else ""
-            rows.append((s.task, *numbers, frames, f"{s.worst[1]:.3f}", word))
-        rows.append(("chance", f"{CHANCE:.3f}", "", "0.50", "", "", "", ""))
+            last = f"{s.told_by_last_token:.2f}"
+            rows.append((s.task, *numbers, frames, f"{s.worst[1]:.3f}", last, word))
+        rows.append(("chance", f"{CHANCE:.3f}", "", "0.50", "", "", "", "", ""))
         lines = [
             f"{name:{width}}"
             + "".join(f"{cell:>{10 + 2 * (i == 5)}}" for i, cell in enumerate(row))
             for name, *row in rows
         ]
-        lines.append(f"{self.split} split; to do a task is at most {DOES} nats per prompt")
+        lines.append(
+            f"{self.split} split; to do a task is at most {DOES} nats per prompt. worst frame: its "
+            "mean loss; last token: share of pairs that it alone tells apart"
+        )
         lines += [f"cannot be asked: {refused.why}" for refused in self.refused]
         return "\n".join(lines)
 

@@ -82,6 +82,19 @@ def test_levels_count_the_units_that_pairs_share_and_not_the_pairs(bpe):
     assert replace(batch, groups={"word": ("", "a", "b")}).levels() == {"word": 2}
 
 
+def test_the_last_token_tells_some_tasks_and_not_others(bpe):
+    shares = {n: get_task(n).batch(bpe, "test").told_by_last_token() for n in ("else_elif", "a_an")}
+    assert shares == {"else_elif": 1.0, "a_an": 1.0}
+    assert get_task("while_return_true").batch(bpe, "test").told_by_last_token() == 0
+    assert get_task("single_double_quote").batch(bpe, "test").told_by_last_token() == 0
+    mixed = get_task("agreement").batch(bpe, "test")
+    rows = torch.arange(len(mixed.last))
+    ends = mixed.ids[rows, mixed.last]
+    n = mixed.n_pairs
+    oracle = sum(int(ends[i] != ends[i + n]) for i in range(n)) / n
+    assert abs(mixed.told_by_last_token() - oracle) < 1e-6 and 0 < oracle < 1
+
+
 def test_a_batch_is_not_compared_by_value_and_moves_whole(bpe):
     batch = get_task("single_double_quote").batch(bpe, "test")
     assert isinstance(batch, TaskBatch) and batch.to("meta").ids.device.type == "meta"

@@ -82,13 +82,23 @@ class Run:
 
     def skipped(self) -> dict[str, str]:
         """Return {task name: reason} of the tasks that got no circuit (`find_circuits`)."""
-        for folder in dict.fromkeys((self.output, self.folder)):
-            if (path := folder / SKIPPED).is_file():
-                try:
-                    return dict(json.loads(path.read_text()))
-                except (ValueError, TypeError) as error:
-                    raise ValueError(f"{path} is broken ({error}); delete it") from error
-        return {}
+        path = self.output / SKIPPED
+        if not path.is_file():
+            path = self.folder / SKIPPED
+        if not path.is_file():
+            return {}
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is broken ({error}); delete it") from error
+        if not isinstance(found, dict) or not all(isinstance(why, str) for why in found.values()):
+            raise ValueError(f"{path} is broken (not reasons by task name); delete it")
+        return {name: why for name, why in found.items() if not self._has_circuit(name)}
+
+    def _has_circuit(self, task_name: str) -> bool:
+        folder = self.circuit_folder(task_name)
+        places = (folder, self.folder / folder.relative_to(self.output))
+        return any((at / "circuit.json").is_file() for at in places)
 
     def circuit_folder(self, task_name: str) -> Path:
         """Return the folder in which a new circuit for a task is saved."""

@@ -16,6 +16,7 @@ from sparse.circuits.circuit import Circuit
 from sparse.circuits.pruning.config import PruneConfig
 from sparse.circuits.pruning.prune import prune
 from sparse.storage.atomic import replace_files
+from sparse.tasks.own import SPLITS
 from sparse.tasks.suite import get_task, task_names
 from sparse.tasks.task import Task
 
@@ -72,8 +73,7 @@ def find_circuits(
     >>> from sparse import get_task
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     run = replace(load_run("tiny"), output=Path(folder))
-    ...     found = find_circuits(run, [get_task("pronoun")])
-    skipped pronoun: task pronoun does not fit this tokenizer (2048 entries)
+    ...     found = find_circuits(run, [get_task("pronoun")], say=lambda text: None)
     >>> list(found.skipped), found.circuits
     (['pronoun'], {})
     """
@@ -82,22 +82,24 @@ def find_circuits(
     for task in tasks:
         if why := _why_not(run, task, force):
             found.skipped[task.name] = why
-            say(f"skipped {task.name}: {why.splitlines()[0].rstrip(':')}")
+            reasons = json.dumps(run.skipped() | found.skipped, indent=1)
+            replace_files(run.output, {SKIPPED: reasons})
+            say(f"skipped {task.name}: {' '.join(why.split())}")
             continue
         for wanted in (task, task.nonsense()):
             circuit = there.get(wanted.name)
-            if circuit is None or not _made_so(circuit, wanted, mark, settings):
+            if circuit is None or not circuit.made_as(wanted, mark, settings):
                 circuit = prune(run.sparse, wanted, config, tokenizer=run.tokenizer, force=True)
                 circuit.save(run.circuit_folder(wanted.name))
                 say(str(circuit))
             found.circuits[wanted.name] = circuit
-    skipped = {k: v for k, v in run.skipped().items() if k not in found.circuits} | found.skipped
-    replace_files(run.output, {SKIPPED: json.dumps(skipped, indent=1)})
     return found
 
 
 def _why_not(run: Run, task: Task, force: bool) -> str:
     """Return why a task gets no circuit, or ""."""
+    if empty := [split for split in SPLITS if not task.pairs(split)]:
+        return f"it has no {' and no '.join(empty)} pairs, and a run's report needs all splits"
     for name, model in (("dense model", run.dense), ("twin", run.sparse)):
         try:
             score = task.score(model, run.tokenizer)
@@ -107,9 +109,3 @@ def _why_not(run: Run, task: Task, force: bool) -> str:
         if not score.does and not force:
             return f"the {name} does not do it; {score}"
     return ""
-
-
-def _made_so(circuit: Circuit, task: Task, fingerprint: str, settings: dict) -> bool:
-    """Return whether a circuit is of this task and twin, and was pruned with these settings."""
-    same = circuit.task == task and circuit.model_fingerprint == fingerprint
-    return same and settings.items() <= circuit.config.items()

@@ -52,6 +52,8 @@ def evaluate_run(
     """
     found = run.circuits()
     names = _names(run, found, tasks)
+    untested = {n: "its task has no test pairs" for n, c in found.items() if not c.task.test}
+    skipped = run.skipped() | untested
     options: dict[str, Any] = {"seed": seed, "progress": progress}
     stages = tqdm(["bridges", *names], desc="evaluate", disable=not progress)
     with stages:
@@ -75,7 +77,7 @@ def evaluate_run(
         sections=sections,
         curves=tuple(curves),
         graphs=tuple(graph(run.sparse, found[name]) for name in names),
-        notes=_notes({name: found[name] for name in names}, sections["Bridges"], run.skipped()),
+        notes=_notes({name: found[name] for name in names}, sections["Bridges"], skipped),
         provenance=provenance(**facts),
     )
 
@@ -83,9 +85,10 @@ def evaluate_run(
 def _names(run: Run, found: Mapping[str, Circuit], tasks: Sequence[str] | None) -> list[str]:
     """Return the names of the circuits to measure, without those of nonsense twins.
 
-    Raises ValueError for a task in `tasks` that has no circuit.
+    A circuit whose task has no test pairs cannot be measured. Raises ValueError for a task in
+    `tasks` that has no circuit.
     """
-    names = [name for name in found if not name.endswith(":nonsense")]
+    names = [name for name, c in found.items() if not name.endswith(":nonsense") and c.task.test]
     if missing := sorted(set(tasks or ()) - set(names)):
         raise ValueError(
             f"{run.folder} has no circuit for {missing}; it has {names or 'none'}: prune them "
@@ -114,7 +117,7 @@ def _notes(
     notes = [f"{name}: {note}" for name, circuit in circuits.items() for note in circuit.notes]
     if not circuits:
         notes.append("no circuit in this run: only the bridges were measured")
-    notes += [f"{name} has no circuit: {why.splitlines()[0]}" for name, why in skipped.items()]
+    notes += [f"{name} was left out: {' '.join(why.split())}" for name, why in skipped.items()]
     if not any(row.key.startswith("bridge.recovered") for row in bridges):
         notes.append(NO_ROOM)
     return tuple(notes)

@@ -37,12 +37,13 @@ def main() -> None:
         tokenizer = models["dense model"].tokenizer
     for name, model in models.items():
         table = task_table(model, tokenizer, tasks, split=args.split, progress=True)
-        print(f"{name}\n{table}\n")
+        print(f"{name}\n{table.rows()}\n")
         if args.groups:
             for score in table.scores:
                 for factor, levels in score.nats_by.items():
                     for level, nats in sorted(levels.items(), key=lambda item: -item[1]):
                         print(f"  {score.task}  {factor}  {nats:.3f}  {level!r}")
+    print("\n".join(table.reasons()))  # of the tokenizer, so the same for both
 
 
 if __name__ == "__main__":

@@ -24,14 +24,16 @@ def main() -> None:
 
     from bridges import load_run, map_circuit
     from evals import Report, evaluate_bridge, evaluate_circuit, evaluate_transfer, table
+    from sparse import get_task
 
     run = load_run(args.run_dir)
     found = run.circuits()
-    if args.task not in found:
+    name = get_task(args.task).name if ".jsonl" in args.task else args.task
+    if name not in found:
         prune = f"python examples/find_circuit.py {args.run_dir} --task {args.task}"
         sys.exit(f"{args.run_dir} has circuits for {list(found)}; first: {prune}")
-    circuit = found[args.task]
-    twin = found.get(f"{args.task}:nonsense")
+    circuit = found[name]
+    twin = found.get(f"{name}:nonsense")
     mapped = map_circuit(circuit, run.dense, run.bridges, sparse_model=run.sparse)
     claims = {
         "the bridges join the models": evaluate_bridge(run, run.heldout(), seed=args.seed),
@@ -41,13 +43,13 @@ def main() -> None:
         "it moves the dense model": evaluate_transfer(mapped, draws=args.draws, seed=args.seed),
     }
     report = Report(
-        title=f"{args.task} in {run.dense.name}",
+        title=f"{name} in {run.dense.name}",
         sections={claim: tuple(scores) for claim, scores in claims.items()},
         notes=circuit.notes,
         provenance={"seed": args.seed, "draws": args.draws, "run": run.manifest},
     )
     print(table(report))
-    folder = args.output_dir or run.output / "evaluations" / args.task.replace(":", "-")
+    folder = args.output_dir or run.output / "evaluations" / name.replace(":", "-")
     print("wrote", *report.save(folder))
 
 

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 def main() -> None:
     shape = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(description=__doc__, formatter_class=shape)
-    p.add_argument("run_dir", help="a folder that train_bridge.py or quickstart.py wrote")
+    p.add_argument("run_dir", help="a run folder, or tiny: the built-in run")
     p.add_argument("--task", default="single_double_quote")
     p.add_argument("--target_loss", type=float, default=0.15, help="nats per prompt to reach")
     p.add_argument("--prune_steps", type=int, default=600, help="optimizer steps on the masks")
@@ -32,7 +32,7 @@ def main() -> None:
     print(f"dense model: {task.score(run.dense, run.tokenizer)}")
     print(f"twin:        {task.score(run.sparse, run.tokenizer)}")
     config = PruneConfig(target_loss=args.target_loss, n_steps=args.prune_steps)
-    forced = args.force or task.name.endswith(":nonsense")  # nobody does a nonsense task
+    forced = args.force or ":nonsense" in task.name  # nobody does a nonsense task
     circuit = prune(run.sparse, task, config, tokenizer=run.tokenizer, force=forced)
     folder = run.circuit_folder(task.name)
     circuit.save(folder)

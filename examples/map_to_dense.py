@@ -22,13 +22,15 @@ def main() -> None:
     args = p.parse_args()
 
     from bridges import load_run, map_circuit
+    from sparse import get_task, task_nats
 
     run = load_run(args.run_dir)
     found = run.circuits()
-    if args.task not in found:
+    name = get_task(args.task).name if ".jsonl" in args.task else args.task
+    if name not in found:
         prune = f"python examples/find_circuit.py {args.run_dir} --task {args.task}"
         sys.exit(f"{args.run_dir} has circuits for {list(found)}; first: {prune}")
-    circuit = found[args.task]
+    circuit = found[name]
     mapped = map_circuit(circuit, run.dense)
     site = mapped.site if args.site is None else args.site
     print(f"{len(circuit)} nodes as edits of {run.dense.name} at site {site}; effect per site:")
@@ -38,13 +40,13 @@ def main() -> None:
     ids, other = batch.ids, batch.counterfactual()
     last = batch.last[:, None]  # the scored position of every prompt: logits are wanted there only
     control = list(circuit.random(run.sparse, args.seed))
-    print("P(target of the other context) in the full softmax, mean over the test split:")
+    print("P(target of the other context, rather than the own one), mean over the test split:")
     for strength in (0.0, 0.5, 1.0, 2.0):
         chances = []
         for nodes in (list(circuit), control):
             how = {"nodes": nodes, "site": site, "strength": strength, "positions": last}
-            p = mapped.steer(ids, other, **how).squeeze(1).softmax(-1)
-            chances.append(p.gather(1, batch.foil[:, None]).mean().item())
+            nats = task_nats(mapped.steer(ids, other, **how).squeeze(1), batch)
+            chances.append((1 - (-nats).exp()).mean().item())
         print(f"  strength {strength}: {chances[0]:.3f}   random circuit: {chances[1]:.3f}")
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 HEAD = """\
-| task | frames | dense | twin | nodes | test loss | nonsense: nodes | test loss |
-|---|--:|--:|--:|--:|--:|--:|--:|"""
+| task | frames | dense | twin | paired | nodes | test loss | nonsense: nodes | test loss |
+|---|--:|--:|--:|--:|--:|--:|--:|--:|"""
 
 
 def main() -> None:
@@ -34,20 +34,25 @@ def main() -> None:
 
     run = load_run(args.run_dir)
     tasks = choose_tasks(args.tasks)
-    tables = [task_table(model, run.tokenizer, tasks) for model in (run.dense, run.sparse)]
-    both = set(tables[0].does()) & set(tables[1].does())
+    models = {"dense": run.dense, "twin": run.sparse}
+    tables = {name: task_table(model, run.tokenizer, tasks) for name, model in models.items()}
+    scored = [{score.task: score for score in table.scores} for table in tables.values()]
     rows, lines = [], [HEAD]
-    for dense, twin in zip(tables[0].scores, tables[1].scores, strict=True):
-        row = {"task": dense.task, "frames": dense.levels.get("frame", 0)}
+    for task in tasks:
+        if not all(task.name in scores for scores in scored):
+            continue
+        dense, twin = (scores[task.name] for scores in scored)
+        row = {"task": task.name, "frames": dense.levels.get("frame", 0)}
         row |= {"dense": round(dense.nats, 4), "twin": round(twin.nats, 4)}
-        if dense.task in both:
-            task = next(t for t in tasks if t.name == dense.task)
+        row |= {"dense_paired": round(dense.paired, 3), "twin_paired": round(twin.paired, 3)}
+        row |= {"last_token": dense.told_by_last_token}
+        if dense.does and twin.does:
             row["circuits"] = circuits(args, run, task)
             row["nonsense"] = circuits(args, run, task.nonsense())
         rows.append(row)
         lines.append(line(row))
         print(lines[-1], flush=True)
-    refused = [f"- {r.why}" for r in tables[0].refused]
+    refused = ["- " + " ".join(r.why.split()) for r in tables["dense"].refused]
     args.output_dir.mkdir(parents=True, exist_ok=True)
     (args.output_dir / "study.json").write_text(json.dumps(rows, indent=1))
     text = "\n".join([*lines, "", "Not expressed by this tokenizer:", "", *refused])
@@ -58,14 +63,17 @@ def main() -> None:
 
 def circuits(args, run, task) -> list[dict]:
     """Nodes, validation and test loss of the circuit of every seed."""
+    from dataclasses import asdict
+
     from sparse import Circuit, PruneConfig, prune
 
-    found = []
+    found, mark = [], run.sparse.fingerprint()
     for seed in range(args.seeds):
         folder = args.output_dir / f"seed-{seed}" / task.name.replace(":", "-")
         config = PruneConfig(n_steps=args.prune_steps, seed=seed)
-        if (folder / "circuit.json").is_file():
-            circuit = Circuit.load(folder)
+        there = Circuit.load(folder) if (folder / "circuit.json").is_file() else None
+        if there is not None and there.made_as(task, mark, asdict(config)):
+            circuit = there
         else:
             circuit = prune(run.sparse, task, config, tokenizer=run.tokenizer, force=True)
             circuit.save(folder)
@@ -77,6 +85,7 @@ def circuits(args, run, task) -> list[dict]:
 def line(row: dict) -> str:
     """A row of the table; sizes are of circuits that reach 0.15 nats on validation."""
     cells = [f"`{row['task']}`", str(row["frames"]), f"{row['dense']:.3f}", f"{row['twin']:.3f}"]
+    cells.append(f"{row['dense_paired']:.2f}, {row['twin_paired']:.2f}")
     for kind in ("circuits", "nonsense"):
         of = row.get(kind, [])
         sizes = [str(c["nodes"]) if c["met"] else f"({c['nodes']})" for c in of]

@@ -116,7 +116,9 @@ def task_arguments(p: argparse.ArgumentParser) -> None:
     flag = argparse.BooleanOptionalAction
     p.add_argument("--prune_steps", type=int, help="optimizer steps of the pruning")
     p.add_argument("--tasks", nargs="*", help="names, .jsonl files of your own, or all; see above")
-    p.add_argument("--force", action=flag, help="prune tasks that a model does not do, too")
+    p.add_argument(
+        "--force", action=flag, help="prune tasks that a model does not do, too; smoke does"
+    )
 
 
 def site_map(text: str) -> dict[int, int]:

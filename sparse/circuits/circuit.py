@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -229,6 +229,14 @@ class Circuit:
         embeddings are not edges (docs/method.md#edges).
         """
         return edges_of(model, self.nodes)
+
+    def made_as(self, task: Task, model_fingerprint: str, settings: Mapping[str, Any]) -> bool:
+        """Return whether it is of this task and this model, and was pruned with these settings.
+
+        `settings` are the fields of a `PruneConfig` (`dataclasses.asdict`).
+        """
+        same = self.task == task and self.model_fingerprint == model_fingerprint
+        return same and settings.items() <= self.config.items()
 
     def check(self, model: SparseGPT) -> None:
         """Raise ValueError unless `model` is the one this circuit was found in (by fingerprint)."""

@@ -135,6 +135,8 @@ def logit_difference(
     The logit of REST is log sum exp over all tokens but the pair's own, so that the sigmoid of the
     difference is the probability of the target over the whole vocabulary.
     """
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()
     if not batch.one_sided:
         row = torch.arange(len(batch.target), device=logits.device)
         return logits[row, batch.target] - logits[row, batch.foil]

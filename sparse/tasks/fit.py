@@ -148,7 +148,7 @@ def _refusal(
     for why, n in dropped.most_common():
         lines.append(f"    {n} dropped, {why}: {example[why]}; {REMEDIES[why]}")
     if not dropped:
-        lines.append("    none was dropped: give more pairs")
+        lines.append("    none was dropped: give more pairs (80 fill all three splits)")
     return "\n".join(lines)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from .pair import Pair, pair_of
@@ -35,13 +36,13 @@ def read_jsonl(path: Path) -> list[tuple[Pair, str | None]]:
         text = path.read_text(encoding="utf-8-sig")  # with or without a byte order mark
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from error
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # a JSON string may hold U+2028
         if not line.strip():
             continue
         where = f"{path}, line {number}"
         try:
             values = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"{where}: not JSON ({error}); one object per line") from error
         if not isinstance(values, dict):
             raise ValueError(f"{where}: a {type(values).__name__}; must be an object")
@@ -52,20 +53,23 @@ def read_jsonl(path: Path) -> list[tuple[Pair, str | None]]:
 def deal_out(
     pairs: list[tuple[Pair, str | None]], split_by: str | None = None
 ) -> dict[str, tuple[Pair, ...]]:
-    """Return the pairs by split: as they say themselves, and the others in turn (OF_FIVE).
+    """Return the pairs by split: as they say themselves, and the others shuffled and dealt out.
 
+    Of every five three go to train, one to validation and one to test (OF_FIVE). The shuffle has a
+    fixed seed: the same pairs are always dealt out alike, and pairs made by nested loops are mixed.
     With `split_by`, a factor of `Pair.groups`, its levels are dealt out in turn instead of the
     pairs, in the order in which they first appear; so no level is in two splits. Raises ValueError
     for a pair without that factor.
     """
-    seen: set[tuple[str, str]] = set()
+    seen: set[frozenset[str]] = set()
     for pair, _ in pairs:
-        if (contexts := (pair.context_1, pair.context_2)) in seen:
+        contexts = (pair.context_1, pair.context_2)
+        if frozenset(contexts) in seen:
             raise ValueError(
                 f"the pair {contexts} is there twice; leave one out, since a repeated pair is no "
                 "further evidence"
             )
-        seen.add(contexts)
+        seen.add(frozenset(contexts))
     free = [pair for pair, split in pairs if split is None]
     if split_by is not None and (without := [p for p in free if split_by not in p.groups]):
         raise ValueError(
@@ -73,7 +77,15 @@ def deal_out(
             f"first is {without[0].context_1!r}; it has {sorted(without[0].groups)}"
         )
     keys = [i if split_by is None else p.groups[split_by] for i, p in enumerate(free)]
-    turn = {key: OF_FIVE[i % 5] for i, key in enumerate(dict.fromkeys(keys))}
+    levels = list(dict.fromkeys(keys))
+    if split_by is not None and free and len(levels) < len(OF_FIVE):
+        raise ValueError(
+            f"split_by={split_by!r}: {len(levels)} levels cannot fill three splits, at least 5 "
+            "can; take another group, or give each pair its `split`"
+        )
+    if split_by is None:
+        Random(0).shuffle(levels)  # in turn as they stand, loops that made them would alias
+    turn = {key: OF_FIVE[i % 5] for i, key in enumerate(levels)}
     splits = iter([turn[key] for key in keys])
     found: dict[str, list[Pair]] = {split: [] for split in SPLITS}
     for pair, split in pairs:

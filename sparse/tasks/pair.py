@@ -45,12 +45,16 @@ def pair_of(values: Mapping[str, Any], where: str) -> Pair:
     Raises ValueError, with the field and the remedy.
     """
     given = checked(Pair, values, where)
+    needed = ("context_1", "context_2", "target_1", "target_2")
+    if missing := [name for name in needed if name not in given]:
+        raise ValueError(
+            f"{where}: {missing} missing; a pair has {list(needed)}, and may have split and groups"
+        )
     for f in fields(Pair):
         if f.name == "groups":
             continue
         text = given.get(f.name)
-        may_miss = f.name == "target_2" and "target_2" in given
-        if not (isinstance(text, str) and text) and not (may_miss and text is None):
+        if not (isinstance(text, str) and text) and not (f.name == "target_2" and text is None):
             rest = ", or null for 'anything but target_1'" if f.name == "target_2" else ""
             raise ValueError(f"{where}: {f.name} is {text!r}; it must be a non-empty string{rest}")
     groups = given.get("groups", {})

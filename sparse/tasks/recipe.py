@@ -68,6 +68,21 @@ class Recipe:
     filler: tuple[str, ...] = ()
     """`Task.filler`."""
 
+    def __post_init__(self) -> None:
+        for what, per_split in (("forms", self.forms), ("settings", self.settings)):
+            if any(isinstance(of, str) or not of for of in per_split):
+                raise ValueError(f"Recipe.{what}: every split needs a tuple of templates")
+        if not all(isinstance(pair, tuple) and len(pair) == 2 for pair in self.targets):
+            raise ValueError(
+                f"Recipe.targets={self.targets!r} must hold pairs: ((target_1, target_2), ...)"
+            )
+        of_split = [set(of) for of in self.forms]
+        shared = of_split[0] & of_split[1] | of_split[0] & of_split[2] | of_split[1] & of_split[2]
+        if shared and self.settings is BARE:
+            raise ValueError(
+                f"Recipe.forms: {sorted(map(str, shared))} in several splits; a frame may be in one"
+            )
+
 
 def make(name: str, recipe: Recipe) -> Task:
     """Return the task of a recipe; the same recipe gives the same pairs everywhere."""
@@ -85,7 +100,8 @@ def make(name: str, recipe: Recipe) -> Task:
 
 def slots_of(*templates: str | None) -> list[str]:
     """Return the names of the slots of some templates, each once, in order of appearance."""
-    found = (match for text in templates for match in re.findall(r"\$\{?([a-z]+\d*)", text or ""))
+    given = [text.replace("$$", "") for text in templates if text]
+    found = (match for text in given for match in re.findall(r"\$\{?(\w+)", text))
     return list(dict.fromkeys(found))
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,10 +36,13 @@ class TaskScore:
     nats: float
     """Mean task loss per prompt, in nats."""
     stderr: float
-    """Standard error of `nats`, from the spread between independent units: the levels of the factor
-    that has the fewest of them (`independent`), or the pairs where they name no factor."""
+    """Standard error of `nats`, counting independent units (`clustered_stderr`)."""
     accuracy: float
     """Share of the prompts whose target has the larger logit; 1/2 by chance."""
+    paired: float
+    """Share of the pairs in which the first answer gains on the second, from the second context to
+    the first; 1/2 by chance. A constant liking for one answer, which spoils `nats` and `accuracy`,
+    does not change it."""
     n_pairs: int
     """Number of pairs scored."""
     told_by_last_token: float
@@ -86,12 +90,14 @@ def score_batch(model: Any, batch: TaskBatch) -> TaskScore:
     `model` is a SparseGPT, a DenseModel, or any Hugging Face causal language model. It is run
     without dropout, and left as it was.
     """
-    nats, right = [], []
+    nats, right, gains = [], [], []
     for rows in torch.arange(batch.n_pairs).split(AT_ONCE // 2):
         part = batch.take(rows).to(model.device)
         logits = scored_logits(model, part).float()
         nats.append(task_nats(logits, part).view(2, -1).mean(0).cpu())
-        right.append((logit_difference(logits, part) > 0).double().view(2, -1).mean(0).cpu())
+        first, second = logit_difference(logits, part).view(2, -1).cpu()
+        right.append(((first > 0).double() + (second > 0).double()) / 2)
+        gains.append((first + second > 0).double())  # `second` counts for the other answer
     of_pair = torch.cat(nats).double()
     return TaskScore(
         task=batch.task,
@@ -99,6 +105,7 @@ def score_batch(model: Any, batch: TaskBatch) -> TaskScore:
         nats=float(of_pair.mean()),
         stderr=clustered_stderr(of_pair, batch.groups),
         accuracy=float(torch.cat(right).mean()),
+        paired=float(torch.cat(gains).mean()),
         n_pairs=batch.n_pairs,
         told_by_last_token=batch.told_by_last_token(),
         levels=batch.levels(),
@@ -127,18 +134,21 @@ def clustered_stderr(
 ) -> float:
     """Return the standard error of the mean of `values`, whose pairs share what `groups` says.
 
-        s.e.^2 = G/(G-1) sum over levels g of (sum over i in g of (x_i - mean))^2 / n^2
+        s.e.^2 = G/(G-1) sum over units g of (sum over i in g of (x_i - mean))^2 / n^2
 
-    with G levels of one factor; of all factors, and of the pairs themselves, the largest one is
-    taken. A factor with one level says nothing and is passed over. Infinite for a single pair.
+    The G units of a factor are its levels, and every pair that names no level of it is a unit of
+    its own. Of all factors, and of the pairs themselves, the largest error is taken. A factor of
+    fewer than two levels says nothing and is passed over. Infinite for a single pair.
     """
     n, largest = len(values), 0.0
     spread = values - values.mean()
-    for levels in (tuple(map(str, range(n))), *groups.values()):
-        numbers = {level: i for i, level in enumerate(dict.fromkeys(levels))}
-        if (g := len(numbers)) < 2:
+    alone = tuple(f"pair {i}" for i in range(n))
+    for levels in (alone, *groups.values()):
+        if len(set(levels) - {""}) < 2:
             continue
-        at = torch.tensor([numbers[level] for level in levels])
+        units = [level or own for level, own in zip(levels, alone, strict=True)]
+        numbers = {unit: i for i, unit in enumerate(dict.fromkeys(units))}
+        at, g = torch.tensor([numbers[unit] for unit in units]), len(numbers)
         sums = torch.zeros(g, dtype=values.dtype).index_add_(0, at, spread)
         largest = max(largest, float(g / (g - 1) * sums.square().sum()) ** 0.5 / n)
     return largest if n > 1 else float("inf")
@@ -167,6 +177,8 @@ def tokenizer_of(model: Any, who: str) -> PreTrainedTokenizerBase:
 
     Raises ValueError where there is none; `who` is the function that the message names.
     """
+    if isinstance(model, str | Path):
+        raise ValueError(f"{who}: {str(model)!r} is a name; open the model, then pass it")
     if (own := getattr(model, "tokenizer", None)) is not None:
         return own
     source = getattr(model, "source", None)  # of a SparseGPT

@@ -7,24 +7,34 @@ loss      softplus(foil - target) in nats, mean over the 2 contexts of every pai
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from random import Random
 from textwrap import shorten
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from sparse.ops.seeds import seed_of
 from sparse.storage.records import checked
 
 from .batch import TaskBatch, check_vocabulary
-from .fit import fit, least_pairs
+from .fit import LEAST_PAIRS, LEAST_TRAIN_PAIRS, fit, least_pairs
 from .own import SPLITS, deal_out, read_jsonl, read_pairs
 from .pair import Pair, Targets, pair_of
 from .score import TaskScore, positions_of, score_batch, tokenizer_of, vocabulary_of
 
-UNRELATED: tuple[Targets, ...] = ((" is", " when"), (" is", " but"), ("+", "*"), (";", "#"))
-"""Targets of a nonsense twin, in order of preference: nothing in the contexts tells them apart."""
+UNRELATED: tuple[Targets, ...] = (
+    (" The", " This"),
+    (" the", " this"),
+    (" is", " when"),
+    ("+", "*"),
+    (";", "#"),
+)
+"""Targets of a nonsense twin, in order of preference. The first are words that follow a context of
+either kind equally badly. (" is" and " when" are not such words: code has `if x is`.)"""
 VARIANTS = ("longer", "distractors")
 """What `Task.variant` makes."""
 N_FILLERS = 3
@@ -59,10 +69,16 @@ class Task:
     "longer"."""
 
     def __post_init__(self) -> None:
+        check_name(self.name)
         if not self.family:
             object.__setattr__(self, "family", self.name.partition(":")[0])
         if not self.train:
             raise ValueError(f"task {self.name}: the train split is empty; it needs pairs")
+        for pair in self.alternatives:
+            if len(pair) != 2 or not all(isinstance(t, str) and t for t in pair if t is not None):
+                raise ValueError(f"task {self.name}: {pair!r} are no alternatives; give two texts")
+            if pair[0] is None:
+                raise ValueError(f"task {self.name}: the first target of {pair!r} must be a text")
         owner: dict[str, str] = {}
         for split in SPLITS:
             for pair in self.pairs(split):
@@ -70,7 +86,9 @@ class Task:
                     if owner.setdefault(context, split) != split:
                         raise ValueError(
                             f"task {self.name}: {context!r} is in {owner[context]} and in {split}; "
-                            "a context may be in one split only, or the held-out loss means nothing"
+                            "a context may be in one split only, or the held-out loss means "
+                            "nothing: give these pairs one `split`, or deal them out by a group "
+                            "that they share (split_by)"
                         )
 
     def __repr__(self) -> str:
@@ -129,7 +147,13 @@ class Task:
         """
         own = {t for s in SPLITS for p in self.pairs(s) for t in (p.target_1, p.target_2)}
         own |= {t for pair in self.alternatives for t in pair}
-        first, *rest = (pair for pair in UNRELATED if not own & set(pair))
+        free = [pair for pair in UNRELATED if not own & set(pair)]
+        if self.name.endswith(":nonsense") or not free:
+            raise ValueError(
+                f"task {self.name} has no nonsense twin: "
+                + ("it is one itself" if free else f"its targets hold words of each of {UNRELATED}")
+            )
+        first, *rest = free
         twin = self.with_targets(first)
         return replace(twin, name=f"{self.name}:nonsense", meaning="none", alternatives=tuple(rest))
 
@@ -138,9 +162,10 @@ class Task:
 
         - "longer": three texts of `filler`, which say nothing of the answer;
         - "distractors": a solved prompt of another pair, that is its context, its target and
-          `ending`. In turn it is a first and a second context, so that it agrees with the right
-          answer for one of the two contexts and disagrees for the other. Where the second target is
-          "anything else" it is always a first context.
+          `ending`. Whether it is a first or a second context is drawn by a seed of the task's name;
+          so it agrees with the right answer for one of the two contexts and disagrees for the
+          other. Where the second target is "anything else" it is always a first context. Where
+          pairs have targets of their own, it is of a pair with other targets.
 
         Both contexts of a pair still have equally many tokens, and only they differ. Raises
         ValueError for another kind, and for "longer" without `filler`.
@@ -154,8 +179,8 @@ class Task:
         if kind == "longer" and len(self.filler) < N_FILLERS * len(SPLITS):
             raise ValueError(
                 f"task {self.name} has {len(self.filler)} texts of filler, and its variant "
-                f"'longer' needs {N_FILLERS * len(SPLITS)}; give Task(filler=...), texts that may "
-                "stand before any context"
+                f"'longer' needs {N_FILLERS * len(SPLITS)}; give Task.from_pairs(..., filler=...), "
+                "texts that may stand before any context"
             )
         before = _fillers if kind == "longer" else _solved
         changed = {
@@ -187,7 +212,9 @@ class Task:
         fit, with every reason and its remedy, or where the split is empty.
         """
         if not self.pairs(split):
-            raise ValueError(f"task {self.name}: the {split} split is empty")
+            raise ValueError(
+                f"task {self.name}: the {split} split is empty; give it {LEAST_PAIRS} pairs or more"
+            )
         refusals: list[str] = []
         for choice in (None, *self.alternatives):
             task = self if choice is None else self.with_targets(choice)
@@ -209,8 +236,8 @@ class Task:
             else:
                 return fitted[split]
         raise ValueError(
-            f"task {self.name} does not fit this tokenizer ({len(tokenizer)} entries):\n  "
-            + "\n  ".join(refusals)
+            f"task {self.name} has too few pairs that this tokenizer ({len(tokenizer)} entries) "
+            "can express:\n  " + "\n  ".join(refusals)
         )
 
     def score(
@@ -257,8 +284,9 @@ class Task:
 
         A pair is a tuple (context_1, context_2, target_1, target_2), a dict with these keys and
         perhaps `split` and `groups`, or a `Pair`. Of the pairs without a split, in order, the first
-        three of every five go to train, the fourth to validation, the fifth to test; with
-        `split_by`, a factor of their `groups`, its levels are dealt out so and not the pairs.
+        three of every five go to train, one to validation and one to test, after a shuffle of fixed
+        seed; with `split_by`, a factor of their `groups`, its levels are dealt out so, in their
+        order, and not the pairs.
         `fields` are further fields of a Task. 80 pairs fill all three splits (LEAST_PAIRS); where
         the splits are given, 8 train, 16 validation and 16 test pairs are the least.
 
@@ -281,8 +309,22 @@ class Task:
         path = Path(path)
         splits = deal_out(read_jsonl(path), split_by)
         if not splits["train"]:
-            raise ValueError(f"{path}: no train pair in it; give at least 8, and 16 of validation")
+            raise ValueError(
+                f"{path}: no train pair in it; give at least 80 pairs, or with `split` "
+                f"{LEAST_TRAIN_PAIRS} of train and {LEAST_PAIRS} each of validation and test"
+            )
         return cls(name=path.stem, **splits)
+
+
+def check_name(name: Any) -> None:
+    """Raise ValueError unless `name` can name a task: circuits are kept in folders of this name."""
+    allowed = isinstance(name, str) and re.fullmatch(r"[^\W_][\w. +-]{0,99}(:\w+)*", name)
+    if not allowed or re.search("-(nonsense|longer|distractors)$", name):
+        raise ValueError(
+            f"{name!r:.200} is no name of a task; it may have 100 letters, digits, spaces and any "
+            "of . _ + -, must begin with a letter or digit, and must not end like the folder of a "
+            "variant (-nonsense, -longer, -distractors)"
+        )
 
 
 def _fillers(task: Task, split: str) -> list[str]:
@@ -293,12 +335,26 @@ def _fillers(task: Task, split: str) -> list[str]:
 
 
 def _solved(task: Task, split: str) -> list[str]:
-    """Return, for every pair, a solved prompt of the next pair but two, of either kind in turn."""
-    pairs, texts = task.pairs(split), []
-    for i in range(len(pairs)):
-        other = pairs[(i + 3) % len(pairs)]
+    """Return, for every pair, a solved prompt of another pair of the split."""
+    pairs = task.pairs(split)
+    rng = Random(seed_of("distractors", task.name, split))
+    one_answer = len({(p.target_1, p.target_2) for p in pairs}) == 1
+    texts = []
+    for pair in pairs:
+        others = [
+            p
+            for p in pairs
+            if p is not pair
+            and (one_answer or not {p.target_1, p.target_2} & {pair.target_1, pair.target_2})
+        ]
+        if not others:
+            raise ValueError(
+                f"task {task.name}: no other {split} pair can distract from {pair.context_1!r}; "
+                "give more pairs, with other targets"
+            )
+        other = rng.choice(others)
         text = other.context_1 + other.target_1
-        if i % 2 and other.target_2 is not None:
+        if other.target_2 is not None and rng.random() < 0.5:
             text = other.context_2 + other.target_2
         texts.append(text if text.endswith("\n") else text + task.ending)
     return texts

@@ -44,7 +44,8 @@ Response Session Worker Queue Cache Node Tree Event Message Option Config Record
 MODULES = _words("""os sys re time math json copy types struct string random errno signal
 threading select logging shutil codecs stat keyword platform weakref operator bisect""")
 NUMBERS: Pool = tuple((str(n),) for n in range(1, 100))
-LOW, MIDDLE, HIGH = _words("1 2 3 2 1"), _words("5 4 6 5 4"), _words("8 9 7 8 9")
+ORDERED = _linked("""1/4 2/7 3/8 5/9 1/6 4/7 2/5 6/9 3/4 1/8 2/9 5/8 1/3 6/7 4/9 3/6 1/7 2/4 8/9 5/7
+2/6 3/9 4/8 1/5 7/9""")
 
 MEN = _words("""John David James Robert Michael Peter Paul Mark George Thomas Henry Jack Tom Tim Ben
 Sam Bob Jim Joe Fred Frank Bill Steve Adam Daniel Charles Richard Edward Simon Andrew Martin
@@ -79,9 +80,8 @@ POOLS: dict[str, tuple[Pool, int]] = {
     "cls": (CLASSES, 0),
     "mod": (MODULES, 0),
     "n": (NUMBERS, 0),
-    "low": (LOW, 0),
-    "middle": (MIDDLE, 0),
-    "high": (HIGH, 0),
+    "less": (ORDERED, 0),
+    "more": (ORDERED, 1),
     "man": (MEN, 0),
     "woman": (WOMEN, 0),
     "place": (PLACES, 0),
@@ -94,7 +94,7 @@ POOLS: dict[str, tuple[Pool, int]] = {
     "city": (CAPITALS, 1),
 }
 """The slots of the recipes: `$v`, and `$v2`, `$v3` for other words of the same list."""
-NUMERIC = {"n", "low", "middle", "high"}
+NUMERIC = {"n", "less", "more"}
 """Slots of numbers: no factor of `Pair.groups`, and digits may be in several splits."""
 
 

@@ -106,7 +106,8 @@ def _check_does(model: SparseGPT, batch: TaskBatch) -> None:
         raise ValueError(
             f"prune: the model does not do {batch.task}: {score.nats:.3f} nats on {batch.split}, "
             f"where doing it is at most {DOES} and chance {score.chance:.3f}; train it longer, "
-            "choose a task that it does (sparse.task_table), or pass force=True to prune anyway"
+            "choose a task that it does (sparse.task_table), or pass force=True (--force) to prune "
+            "anyway"
         )
 
 

@@ -6,6 +6,8 @@ it here.
 
 from __future__ import annotations
 
+import re
+from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 
@@ -81,9 +83,9 @@ def get_task(name: str | Path, variant: str | None = None) -> Task:
     ' is'
     """
     text = str(name)
-    file, suffix, rest = text.partition(".jsonl")
-    plain, *changes = rest.split(":") if suffix else text.split(":")
-    task = _own(Path(file + suffix)) if suffix and not plain else _built_in(plain, text)
+    file = re.fullmatch(r"(.*\.jsonl)((?::\w*)*)", text, re.DOTALL)
+    plain, *changes = (file[2] if file else text).split(":")
+    task = _own(Path(file[1])) if file else _built_in(plain, text)
     for change in [*([variant] if variant else []), *changes]:
         if change not in CHANGES:
             raise ValueError(
@@ -96,9 +98,11 @@ def get_task(name: str | Path, variant: str | None = None) -> Task:
 
 def _built_in(plain: str, text: str) -> Task:
     if plain not in SUITE:
+        near = get_close_matches(plain, SUITE, 1)
         raise ValueError(
-            f"no task is called {text!r}; there are {list(SUITE)}, each also as <name>:nonsense, "
-            "<name>:longer and <name>:distractors; for a task of your own name a .jsonl file"
+            f"no task is called {text!r}{f' (did you mean {near[0]}?)' if near else ''}; there are "
+            f"{list(SUITE)}, each also as <name>:nonsense, <name>:longer and <name>:distractors; "
+            "for a task of your own name a .jsonl file"
         )
     return _made(plain)
 
@@ -113,5 +117,10 @@ def _own(path: Path) -> Task:
         raise FileNotFoundError(
             f"{path} is not there; name a .jsonl file with one pair per line, or one of "
             f"{list(SUITE)}"
+        )
+    if path.stem in SUITE:
+        raise ValueError(
+            f"{path} is called like the built-in task {path.stem}, and a run keeps one circuit per "
+            "name; rename the file"
         )
     return Task.from_jsonl(path)

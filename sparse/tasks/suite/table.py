@@ -48,37 +48,57 @@ class TaskTable:
     def brief(self) -> str:
         """Return one line per task, and one for every task that cannot be asked."""
         lines = [f"  {score}" for score in self.scores]
-        lines += [f"  {r.task} cannot be asked: {r.why.splitlines()[0]}" for r in self.refused]
+        lines += [f"  {r.task} cannot be asked: {' '.join(r.why.split())}" for r in self.refused]
         return "\n".join(lines)
 
     def __str__(self) -> str:
-        width = max(len("task"), *(len(s.task) for s in self.scores))
-        head = ("nats", "s.e.", "accuracy", "pairs", "frames", "worst frame", "last token", "")
+        return "\n".join([self.rows(), *self.reasons()])
+
+    def rows(self) -> str:
+        """Return the table of the tasks that were scored, best first, above the row of chance."""
+        width = max([len("task"), *(len(s.task) for s in self.scores)])
+        head = (
+            "nats",
+            "s.e.",
+            "accuracy",
+            "paired",
+            "pairs",
+            "frames",
+            "worst frame",
+            "last token",
+            "",
+        )
         rows = [("task", *head)]
         for s in sorted(self.scores, key=lambda s: s.nats):
-            numbers = (f"{s.nats:.3f}", f"{s.stderr:.3f}", f"{s.accuracy:.2f}", str(s.n_pairs))
+            numbers = (f"{s.nats:.3f}", f"{s.stderr:.3f}", f"{s.accuracy:.2f}", f"{s.paired:.2f}")
             frames = str(s.levels.get("frame", "-"))
             word = "does it" if s.does else ""
             last = f"{s.told_by_last_token:.2f}"
-            rows.append((s.task, *numbers, frames, f"{s.worst[1]:.3f}", last, word))
-        rows.append(("chance", f"{CHANCE:.3f}", "", "0.50", "", "", "", "", ""))
+            pairs = f"{s.n_pairs}/{s.n_pairs + sum(s.dropped.values())}"
+            rows.append((s.task, *numbers, pairs, frames, f"{s.worst[1]:.3f}", last, word))
+        rows.append(("chance", f"{CHANCE:.3f}", "", "0.50", "0.50", "", "", "", "", ""))
         lines = [
             f"{name:{width}}"
             + "".join(f"{cell:>{10 + 2 * (i == 5)}}" for i, cell in enumerate(row))
             for name, *row in rows
         ]
-        lines.append(
-            f"{self.split} split; to do a task is at most {DOES} nats per prompt. worst frame: its "
-            "mean loss; last token: share of pairs that it alone tells apart"
-        )
-        lines += [f"cannot be asked: {refused.why}" for refused in self.refused]
+        lines += [
+            f"{self.split} split; to do a task is at most {DOES} nats per prompt",
+            "paired: pairs in which the right answer gains from one context to the other",
+            "pairs: scored/given; worst frame: the largest mean loss of a frame",
+            "last token: share of pairs that the last token alone tells apart",
+        ]
         return "\n".join(lines)
+
+    def reasons(self) -> list[str]:
+        """Return why tasks cannot be asked, one text for each."""
+        return [f"cannot be asked: {refused.why}" for refused in self.refused]
 
 
 def task_table(
     model: Any,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    tasks: Iterable[Task | str] | None = None,
+    tasks: Iterable[Task | str] | Task | str | None = None,
     *,
     split: str = "validation",
     progress: bool = False,
@@ -96,9 +116,9 @@ def task_table(
     """
     tokenizer = tokenizer or tokenizer_of(model, "task_table")
     check_vocabulary(tokenizer, vocabulary_of(model))
-    asked = [
-        get_task(t) if isinstance(t, str) else t for t in (task_names() if tasks is None else tasks)
-    ]
+    wanted = task_names() if tasks is None else tasks
+    wanted = [wanted] if isinstance(wanted, str | Task) else wanted
+    asked = [get_task(t) if isinstance(t, str) else t for t in wanted]
     scores, refused = [], []
     for task in tqdm(asked, desc="tasks", disable=not progress, leave=False):
         try:

@@ -30,5 +30,5 @@ def test_a_field_that_cannot_be_is_named(change, says):
 
 def test_a_target_left_out_is_not_the_same_as_null():
     without = {k: v for k, v in GOOD.items() if k != "target_2"}
-    with pytest.raises(ValueError, match="target_2 is None"):
+    with pytest.raises(ValueError, match="line 1: .'target_2'. missing"):
         pair_of(without, "line 1")

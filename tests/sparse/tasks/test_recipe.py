@@ -1,9 +1,10 @@
+from dataclasses import replace
 from random import Random
 
 import pytest
 
 from sparse.tasks.own import SPLITS
-from sparse.tasks.recipe import PerSplit, Recipe, _framed, _Words, make, slots_of
+from sparse.tasks.recipe import BARE, PerSplit, Recipe, _framed, _Words, make, slots_of
 from sparse.tasks.words import NUMERIC, POOLS, deal
 
 PLAIN = Recipe(
@@ -67,6 +68,20 @@ def test_a_recipe_with_a_slot_that_no_list_fills_is_refused():
     )
     with pytest.raises(ValueError, match=r"no list of words is called 'colour'; there are"):
         make("t", bad)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"forms": PerSplit("a $v", ("b",), ("c",))}, "every split needs a tuple of templates"),
+        ({"forms": PerSplit(("a",), (), ("c",))}, "every split needs a tuple of templates"),
+        ({"targets": (" a", " b")}, "must hold pairs"),
+        ({"forms": PerSplit(("$v",), ("$v",), ("c",)), "settings": BARE}, "in several splits"),
+    ],
+)
+def test_a_recipe_that_makes_no_sense_is_refused_at_once(change, says):
+    with pytest.raises(ValueError, match=says):
+        replace(PLAIN, **change)
 
 
 def test_a_recipe_without_words_gives_each_pair_once():

@@ -52,8 +52,14 @@ def test_a_model_that_knows_scores_its_margin_and_one_that_does_not_chance(batch
         assert score.accuracy == (1.0 if strength > 0 else 0.0)
         assert score.does == (score.nats <= DOES) and score.chance == pytest.approx(math.log(2))
         assert score.n_pairs == batch.n_pairs and score.levels == batch.levels()
+        assert score.paired == (1.0 if strength > 0 else 0.0)
     blind = score_batch(Knows(batch, {-5}, 4.0), batch)  # always the second answer
-    assert blind.accuracy == 0.5 and blind.nats > math.log(2) and not blind.does
+    assert (
+        blind.paired == 0.0
+        and blind.accuracy == 0.5
+        and blind.nats > math.log(2)
+        and not blind.does
+    )
 
 
 def test_nats_by_group_are_means_over_the_pairs_of_a_level(batch, bpe):
@@ -114,6 +120,17 @@ def test_the_standard_error_counts_units_and_not_pairs():
     assert clustered_stderr(apart, groups) < 2 * clustered_stderr(apart, {})
     assert clustered_stderr(apart, {"one": ("a",) * 96}) == clustered_stderr(apart, {})
     assert clustered_stderr(torch.ones(1), {}) == float("inf")
+
+
+def test_pairs_without_a_level_are_units_of_their_own():
+    torch.manual_seed(1)
+    apart = torch.randn(96, dtype=torch.float64)
+    plain = clustered_stderr(apart, {})
+    half = {"word": (*(f"w{i}" for i in range(48)), *("",) * 48)}
+    assert clustered_stderr(apart, half) == pytest.approx(plain)
+    assert clustered_stderr(apart, {"word": ("a",) * 48 + ("",) * 48}) == plain  # one level
+    lumped = {"word": (*(f"w{i}" for i in range(48)), *("rest",) * 48)}
+    assert clustered_stderr(apart, lumped) != pytest.approx(plain)  # control
 
 
 def test_the_tokenizer_must_be_the_models_and_be_found(batch, bpe):

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from sparse.tasks.own import SPLITS
 from sparse.tasks.pair import Pair
 from sparse.tasks.suite import get_task, task_names
-from sparse.tasks.task import Task
+from sparse.tasks.task import UNRELATED, Task, check_name
 
 
 def pair(a: str, b: str, x: str = "x", y: str = "y") -> Pair:
@@ -46,7 +46,7 @@ def test_where_nothing_fits_every_choice_is_listed_with_its_reason(letters):
     with pytest.raises(ValueError) as refused:
         task.batch(letters, "train")
     text = str(refused.value)
-    assert text.startswith("task t does not fit this tokenizer (28 entries):")
+    assert text.startswith("task t has too few pairs that this tokenizer (28 entries) can express:")
     assert "'xz' is 2 tokens" in text and "'zz' is 2 tokens" in text
     with pytest.raises(ValueError, match="test split is empty"):
         Task(name="t", train=tuple(pair("c" * i, "d" * i) for i in range(1, 30))).batch(
@@ -141,24 +141,68 @@ def test_a_variant_puts_one_text_before_both_contexts_of_a_pair(name, kind, bpe)
     assert torch.equal(plain.target[0], long.target[0])
 
 
-def test_distractors_are_solved_prompts_of_either_kind_in_turn():
-    task = get_task("while_return_true")
-    other = task.variant("distractors")
-    befores = [
+def befores(name: str, split: str = "test") -> list[str]:
+    task = get_task(name)
+    changed = task.variant("distractors").pairs(split)
+    return [
         new.context_1.removesuffix(old.context_1)
-        for old, new in zip(task.test, other.test, strict=True)
+        for old, new in zip(task.pairs(split), changed, strict=True)
     ]
+
+
+def test_distractors_are_solved_prompts_of_other_pairs_and_of_either_kind():
+    task = get_task("while_return_true")
     first = {p.context_1 + p.target_1 for p in task.test}
     second = {p.context_2 + str(p.target_2) for p in task.test}
-    assert all(text in first for text in befores[::2])
-    assert all(text in second for text in befores[1::2])
-    own = [p.context_1 + p.target_1 for p in task.test]
-    assert not any(a == b for a, b in zip(befores, own, strict=True))
+    texts = befores(task.name)
+    kinds = [text in first for text in texts]
+    assert all(text in first | second for text in texts)
+    assert 0.35 < sum(kinds) / len(kinds) < 0.65
+    own = [{p.context_1 + p.target_1, p.context_2 + str(p.target_2)} for p in task.test]
+    assert not any(text in mine for text, mine in zip(texts, own, strict=True))
+    forms = {p.groups["form"] for p in task.test}
+    for form in forms:  # the kind does not follow the form
+        of_form = [k for k, p in zip(kinds, task.test, strict=True) if p.groups["form"] == form]
+        assert 0.2 < sum(of_form) / len(of_form) < 0.8
+
+
+@pytest.mark.parametrize("name", ["capital", "var_swap", "class_init", "a_an", "ioi_simple"])
+def test_a_distractor_does_not_state_the_answer(name):
+    task = get_task(name)
+    for split in SPLITS:
+        for text, pair in zip(befores(name, split), task.pairs(split), strict=True):
+            own = (pair.target_1, str(pair.target_2))
+            assert not text.removesuffix(task.ending).endswith(own), (text, own)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../evil", "a/b", "", ".hidden", "x" * 200, "a\0b", "x-nonsense", "x-longer", 3, "a:b:"],
+)
+def test_a_name_that_cannot_be_a_folder_or_would_share_one_is_refused(name):
+    with pytest.raises(ValueError, match="is no name of a task"):
+        check_name(name)
+    check_name("my task-2.1:distractors:nonsense")
+
+
+def test_alternatives_must_be_texts():
+    with pytest.raises(ValueError, match="are no alternatives; give two texts"):
+        Task(name="t", train=(pair("a", "b"),), alternatives=(("x", ""),))
+    with pytest.raises(ValueError, match="the first target of .* must be a text"):
+        Task(name="t", train=(pair("a", "b"),), alternatives=((None, "x"),))  # type: ignore
+
+
+def test_a_nonsense_twin_has_none_itself():
+    with pytest.raises(ValueError, match="has no nonsense twin: it is one itself"):
+        get_task("for_while:nonsense").nonsense()
+    every = tuple((a, b) for a, b in UNRELATED)
+    with pytest.raises(ValueError, match="its targets hold words of each of"):
+        Task(name="t", train=(pair("a", "b"),), alternatives=every).nonsense()
 
 
 def test_a_variant_that_cannot_be_made_says_why():
     task = Task(name="t", train=(pair("a", "b"),))
     with pytest.raises(ValueError, match="no variant 'shorter'; there are"):
         task.variant("shorter")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match=r"has 0 texts of filler.*needs 9; give Task.filler"):
+    with pytest.raises(ValueError, match=r"has 0 texts of filler.*needs 9; give .*filler=..."):
         task.variant("longer")

@@ -72,12 +72,12 @@ WITH_OPEN = Recipe(
         ),
         validation=(
             "with open($v / $b, '",
-            "return open($v, $b, '",
+            "return open($v * $b, '",
             "with open($v / $c, '",
             "$v2 = open(self.$c, '",
         ),
         test=(
-            "with self.open($v, $d, '",
+            "with self.open($v - $d, '",
             "$v2, $v3 = None, open($v + $e, '",
             "with $v.open($name + $g, '",
             "yield open($v % $d, '",
@@ -94,7 +94,7 @@ FOR_WHILE = Recipe(
     forms=PerSplit(
         train=("$kw $v", "$v2 = $v3\n$kw $v", "if $v2:\n    $kw $v", "self.$f()\n$kw $v"),
         validation=("$v2 = []\n$kw $v", "print($v2)\n$kw $v"),
-        test=("$v2, $v3 = 0, 1\n$kw $v", "with $v2:\n    $kw $v", "$f($v2)\n\n$kw $v"),
+        test=("$v2, $v3 = 0, 1\n$kw $v", "with $v2:\n    $kw $v", "$f($v2)\n$kw $v"),
     ),
     filler=FILLER,
 )

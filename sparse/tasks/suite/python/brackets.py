@@ -77,7 +77,7 @@ FINAL_KWARG = Recipe(
             for form in (
                 "def $f($i",
                 "    def $f(self, $i",
-                "    @property\n    def $f(self, $i",
+                "    @$name\n    def $f(self, $i",
                 "import $mod\n\ndef $f($i",
                 "class $cls:\n    def $f(self, $i",
             )

@@ -53,6 +53,11 @@ INDENTED = PerSplit(
 )
 """The settings in which the line is indented."""
 
+INSIDE = PerSplit(
+    *(tuple(str(setting).replace("$v", "$list") for setting in of) for of in ANYWHERE)
+)
+"""The settings without variables: other words stand for them."""
+
 FILLER = (
     "import gc\n",
     "import abc\n",

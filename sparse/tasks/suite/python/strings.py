@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sparse.tasks.recipe import PerSplit, Recipe
 
-from .settings import ANYWHERE, FILLER
+from .settings import ANYWHERE, FILLER, INSIDE
 
 SINGLE_DOUBLE_QUOTE = Recipe(
     meaning="a string closes with the kind of quote that opened it",
@@ -50,32 +50,35 @@ SET_OR_STRING = Recipe(
     filler=FILLER,
 )
 
-SEARCH = "$v.$f($v2)\nfor $v3 in $v4:\n    "
+SEARCH = "$name.$f($name2)\nfor $name3 in $name4:\n    "  # words of names: `current` is a variable
 SET_OR_STRING_FIXEDVARNAME = Recipe(
     meaning="a set grows by its method add, a string by +=; the variable is always `current`",
     family="set_or_string",
     differs=KINDS,
     targets=((".add", " +="), (".", " +=")),
-    settings=ANYWHERE,
+    settings=INSIDE,
     forms=PerSplit(
         train=tuple(
             f"current = ${kind}\n{between}current"
             for kind in KINDS
-            for between in (SEARCH, "heappush($v, $v2)\nfor $v3 in $list:\n    ")
+            for between in (SEARCH, "heappush($name, $name2)\nfor $name3 in $list:\n    ")
         ),
         validation=tuple(
             f"current = ${kind}\n{between}current"
             for kind in KINDS
-            for between in ("for $v2 in $list:\n    heappush($v, $v2)\n    ",)
+            for between in ("for $name2 in $list:\n    heappush($name, $name2)\n    ",)
         ),
         test=tuple(
             f"current = ${kind}\n{between}current"
             for kind in KINDS
-            for between in ("$v = [$v2]\nfor $v3 in graph:\n    ", "for $v in $f($v2):\n    ")
+            for between in (
+                "$name = $name2\nfor $name3 in graph:\n    ",
+                "for $name in $f($name2):\n    ",
+            )
         ),
     ),
-    kinds=2,
     filler=FILLER,
+    kinds=2,
 )
 
 PREFIXES = {"p": ("f", "b"), "r": ("f", "u"), "s": ("f", "")}

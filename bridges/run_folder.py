@@ -226,7 +226,7 @@ def load_run(folder: str | Path, dense: DenseModel | str | None = None) -> Run:
     >>> from bridges import load_run
     >>> run = load_run("tiny")  # the built-in run; else a folder
     >>> run.dense.n_sites, run.sparse.n_sites, len(run.circuits()["single_double_quote"])
-    (5, 5, 68)
+    (5, 5, 71)
     """
     builtin = str(folder) == "tiny"
     folder = TINY if builtin else Path(folder)

@@ -53,7 +53,7 @@ def evaluate_run(
     found = run.circuits()
     names = _names(run, found, tasks)
     untested = {n: "its task has no test pairs" for n, c in found.items() if not c.task.test}
-    skipped = run.skipped() | untested
+    skipped = run.skipped() | untested if tasks is None else {}
     options: dict[str, Any] = {"seed": seed, "progress": progress}
     stages = tqdm(["bridges", *names], desc="evaluate", disable=not progress)
     with stages:

@@ -33,7 +33,7 @@ def map_circuit(
     >>> from bridges import load_run, map_circuit
     >>> run = load_run("tiny")
     >>> map_circuit(run.circuits()["single_double_quote"], run.dense)
-    DenseCircuit('single_double_quote', 68 nodes, in tiny at site 1 of 0..4)
+    DenseCircuit('single_double_quote', 71 nodes, in tiny at site 1 of 0..4)
     """
     dense = as_dense(dense_model)
     if sparse_model is None:

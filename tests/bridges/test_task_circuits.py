@@ -37,9 +37,9 @@ def test_a_task_that_a_model_does_not_do_is_skipped_with_its_loss_unless_forced(
     assert "the dense model does not do it" in found.skipped["with_open"]
     assert "nats (chance 0.693)" in found.skipped["with_open"]
     assert "target is several tokens" in found.skipped["pronoun"]
-    assert run.skipped() == found.skipped
+    assert found.skipped.items() <= run.skipped().items()
     forced = find_circuits(run, [task], HASTY, force=True, say=lambda text: None)
-    assert "with_open" in forced.circuits and list(run.skipped()) == ["pronoun"]
+    assert "with_open" in forced.circuits and "with_open" not in run.skipped()
 
 
 def test_a_task_without_test_pairs_is_skipped_before_anything_is_pruned(run):

@@ -55,7 +55,7 @@ def extract(circuit: Circuit, model: SparseGPT, mode: Mode = "exact") -> Circuit
     >>> run = load_run("tiny")
     >>> small = extract(run.circuits()["single_double_quote"], run.sparse)
     >>> small.n_nodes, small(run.heldout()[:1]).shape[-1]
-    (68, 2048)
+    (71, 2048)
     """
     circuit.check(model)
     return CircuitModule(model, circuit.masks(), circuit.ablation, mode)

@@ -31,7 +31,7 @@ def to_networkx(circuit: Circuit, model: SparseGPT) -> nx.DiGraph:
     >>> run = load_run("tiny")
     >>> circuit = run.circuits()["single_double_quote"]
     >>> g = to_networkx(circuit, run.sparse)
-    >>> len(g) == len(circuit) == 68
+    >>> len(g) == len(circuit) == 71
     True
     """
     g = nx.DiGraph(name=circuit.task.name)

@@ -77,10 +77,10 @@ def get_task(name: str | Path, variant: str | None = None) -> Task:
 
     >>> from sparse import get_task
     >>> task = get_task("single_double_quote")
-    >>> task.validation[0].context_1[-12:], task.validation[0].target_1
-    ('+= "table', '"\\n')
-    >>> get_task("single_double_quote:nonsense").validation[0].target_1
-    ' is'
+    >>> task.train[0].target_1, task.train[0].target_2
+    ('"\\n', "'\\n")
+    >>> get_task("single_double_quote:nonsense").train[0].target_1
+    ' The'
     """
     text = str(name)
     file = re.fullmatch(r"(.*\.jsonl)((?::\w*)*)", text, re.DOTALL)

@@ -75,7 +75,6 @@ def test_a_recipe_with_a_slot_that_no_list_fills_is_refused():
     [
         ({"forms": PerSplit("a $v", ("b",), ("c",))}, "every split needs a tuple of templates"),
         ({"forms": PerSplit(("a",), (), ("c",))}, "every split needs a tuple of templates"),
-        ({"targets": (" a", " b")}, "must hold pairs"),
         ({"forms": PerSplit(("$v",), ("$v",), ("c",)), "settings": BARE}, "in several splits"),
     ],
 )

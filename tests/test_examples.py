@@ -117,6 +117,12 @@ def test_every_command_runs(run_command):
     assert made == {"demo", "test"} and len(ran) >= 8
 
 
+def test_the_main_job_says_beforehand_what_the_dense_model_does_of_its_tasks(main_job):
+    first, _, rest = main_job.partition("what the dense model does of the tasks:")
+    assert "single_double_quote: 0." in rest and "(chance 0.693)" in rest and "does it" in rest
+    assert "twin:" not in first and "twin:" in rest  # before anything is built
+
+
 def test_the_python_tour_runs_on_the_demo(main_job, run_python):
     first, *others = blocks("python")
     assert len([line for line in first.splitlines() if line.strip()]) <= 12

@@ -313,7 +313,8 @@ class Task:
                 f"{path}: no train pair in it; give at least 80 pairs, or with `split` "
                 f"{LEAST_TRAIN_PAIRS} of train and {LEAST_PAIRS} each of validation and test"
             )
-        return cls(name=path.stem, **splits)
+        train, validation, test = (splits[split] for split in SPLITS)
+        return cls(name=path.stem, train=train, validation=validation, test=test)
 
 
 def check_name(name: Any) -> None:

@@ -22,6 +22,9 @@ from sparse.tasks.task import Task
 
 from . import get_task, task_names
 
+COLUMNS = ("task", "nats", "s.e.", "accuracy", "paired", "pairs", "frames", "worst frame")
+COLUMNS += ("last token", "")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Refused:
@@ -57,18 +60,7 @@ class TaskTable:
     def rows(self) -> str:
         """Return the table of the tasks that were scored, best first, above the row of chance."""
         width = max([len("task"), *(len(s.task) for s in self.scores)])
-        head = (
-            "nats",
-            "s.e.",
-            "accuracy",
-            "paired",
-            "pairs",
-            "frames",
-            "worst frame",
-            "last token",
-            "",
-        )
-        rows = [("task", *head)]
+        rows: list[tuple[str, ...]] = [COLUMNS]
         for s in sorted(self.scores, key=lambda s: s.nats):
             numbers = (f"{s.nats:.3f}", f"{s.stderr:.3f}", f"{s.accuracy:.2f}", f"{s.paired:.2f}")
             frames = str(s.levels.get("frame", "-"))
@@ -78,9 +70,7 @@ class TaskTable:
             rows.append((s.task, *numbers, pairs, frames, f"{s.worst[1]:.3f}", last, word))
         rows.append(("chance", f"{CHANCE:.3f}", "", "0.50", "0.50", "", "", "", "", ""))
         lines = [
-            f"{name:{width}}"
-            + "".join(f"{cell:>{10 + 2 * (i == 5)}}" for i, cell in enumerate(row))
-            for name, *row in rows
+            f"{name:{width}}{''.join(f'{cell:>12}' for cell in cells)}" for name, *cells in rows
         ]
         lines += [
             f"{self.split} split; to do a task is at most {DOES} nats per prompt",

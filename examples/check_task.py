@@ -42,7 +42,8 @@ def main() -> None:
             for score in table.scores:
                 for factor, levels in score.nats_by.items():
                     for level, nats in sorted(levels.items(), key=lambda item: -item[1]):
-                        print(f"  {score.task}  {factor}  {nats:.3f}  {level!r}")
+                        n = score.n_by[factor][level]
+                        print(f"  {score.task}  {factor}  {nats:.3f}  {n:3} pairs  {level!r}")
     print("\n".join(table.reasons()))  # of the tokenizer, so the same for both
 
 

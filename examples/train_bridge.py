@@ -10,7 +10,8 @@ on a GPU of 70 GB or more and gpt2-12gb elsewhere, on a CPU too, where they say 
 
 Writes a run folder: the twin, the bridges, a circuit per task with its nonsense twin, and a report
 of every claim beside its control. Started again with the same settings it resumes. A task that the
-dense model or the twin does not do (at most 0.3 nats) is skipped, and the reason is told.
+dense model or the twin does not do (at most 0.3 nats) is skipped, and the reason is told. Without
+--tasks, demo asks for one task, quotes; long and the gpt2 presets ask for all.
 """
 
 import argparse

@@ -7,6 +7,7 @@ does      nats <= 0.3
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -51,6 +52,8 @@ class TaskScore:
     """{factor: number of its levels among the pairs}."""
     nats_by: Mapping[str, Mapping[str, float]]
     """{factor: {level: mean nats of the pairs with this level}}."""
+    n_by: Mapping[str, Mapping[str, int]]
+    """{factor: {level: number of pairs with this level}}."""
     targets: tuple[Targets, ...]
     """The pairs of target strings that this tokenizer uses."""
     dropped: Mapping[str, int]
@@ -110,6 +113,7 @@ def score_batch(model: Any, batch: TaskBatch) -> TaskScore:
         told_by_last_token=batch.told_by_last_token(),
         levels=batch.levels(),
         nats_by={factor: _means(of_pair, levels) for factor, levels in batch.groups.items()},
+        n_by={factor: Counter(filter(None, levels)) for factor, levels in batch.groups.items()},
         targets=batch.targets,
         dropped=batch.dropped,
     )
@@ -195,10 +199,11 @@ def tokenizer_of(model: Any, who: str) -> PreTrainedTokenizerBase:
 
 
 def _means(nats: Float[Tensor, " pair"], levels: tuple[str, ...]) -> dict[str, float]:
-    """Return {level: mean of the pairs with this level}."""
+    """Return {level: mean of the pairs with this level}; pairs that name none are left out."""
     of: dict[str, list[float]] = {}
     for level, x in zip(levels, nats.tolist(), strict=True):
-        of.setdefault(level, []).append(x)
+        if level:
+            of.setdefault(level, []).append(x)
     return {level: sum(xs) / len(xs) for level, xs in of.items()}
 
 

@@ -140,8 +140,9 @@ class Task:
     def nonsense(self) -> Task:
         """Return the nonsense twin: the same contexts and splits, with two unrelated targets.
 
-        It is the control of a task. Nothing in the contexts tells its targets apart, so a method
-        that finds small circuits of low loss for it too is too expressive.
+        It is the control of a task. Both targets follow either context about equally badly, so a
+        method that finds small circuits of low loss for it too is too expressive. A model may still
+        like one of them more after one kind of context: score the twin before you rely on it.
         """
         own = {t for s in SPLITS for p in self.pairs(s) for t in (p.target_1, p.target_2)}
         own |= {t for pair in self.alternatives for t in pair}
@@ -215,12 +216,18 @@ class Task:
             raise ValueError(
                 f"task {self.name}: the {split} split is empty; give it {LEAST_PAIRS} pairs or more"
             )
+        return self.batches(tokenizer, longest)[split]
+
+    def batches(
+        self, tokenizer: PreTrainedTokenizerBase, longest: int | None = None
+    ) -> dict[str, TaskBatch]:
+        """Return {split: its batch} for every split that has pairs; `batch` says what fits."""
         refusals: list[str] = []
         for choice in (None, *self.alternatives):
             task = self if choice is None else self.with_targets(choice)
             filled = [s for s in SPLITS if task.pairs(s)]
             try:
-                fitted = {
+                return {
                     s: fit(
                         self.name,
                         task.pairs(s),
@@ -233,8 +240,6 @@ class Task:
                 }
             except ValueError as refusal:
                 refusals.append(str(refusal))
-            else:
-                return fitted[split]
         raise ValueError(
             f"task {self.name} has too few pairs that this tokenizer ({len(tokenizer)} entries) "
             "can express:\n  " + "\n  ".join(refusals)

@@ -29,7 +29,6 @@ from sparse.model.gpt import SparseGPT
 from sparse.model.modes import still
 from sparse.ops.csr_linear import csr_products
 from sparse.tasks.batch import TaskBatch, check_vocabulary, logit_difference, task_nats
-from sparse.tasks.own import SPLITS
 from sparse.tasks.score import DOES, positions_of, score_batch, tokenizer_of
 from sparse.tasks.task import Task
 
@@ -79,8 +78,8 @@ def prune(
         source=model.source,
     )
     device = next(model.parameters()).device
-    longest = positions_of(model)
-    batches = {s: task.batch(tokenizer, s, longest).to(device) for s in SPLITS if task.pairs(s)}
+    of_splits = task.batches(tokenizer, positions_of(model))
+    batches = {split: batch.to(device) for split, batch in of_splits.items()}
     if not force:
         _check_does(model, batches.get("validation", batches["train"]))
     with still(model), csr_products(model):

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -77,6 +78,26 @@ def test_nats_by_group_are_means_over_the_pairs_of_a_level(batch, bpe):
     weights = [frames.count(f) / len(frames) for f in score.nats_by["frame"]]
     mean = sum(w * x for w, x in zip(weights, score.nats_by["frame"].values(), strict=True))
     assert score.nats == pytest.approx(mean, rel=1e-6)
+
+
+def test_a_constant_liking_for_one_answer_spoils_the_accuracy_and_not_paired(batch, tokens):
+    class Biased(Knows):
+        def forward(self, input_ids, attention_mask):
+            out = super().forward(input_ids, attention_mask)
+            out.logits[..., self.targets[0]] += 9.0
+            return out
+
+    score = score_batch(Biased(batch, tokens, 4.0), batch)
+    assert (score.accuracy, score.paired) == (0.5, 1.0) and not score.does
+    against = score_batch(Biased(batch, tokens, -4.0), batch)  # control: it tells them wrongly
+    assert (against.accuracy, against.paired) == (0.5, 0.0)
+
+
+def test_by_group_pairs_without_a_level_are_left_out_and_the_others_counted(batch, tokens):
+    named = replace(batch, groups={"word": ("", *("a",) * 3, *("b",) * (batch.n_pairs - 4))})
+    score = score_batch(Knows(batch, tokens, 4.0), named)
+    assert score.n_by == {"word": {"a": 3, "b": batch.n_pairs - 4}}
+    assert set(score.nats_by["word"]) == {"a", "b"} and score.levels == {"word": 2}
 
 
 def test_every_kind_of_model_is_scored_by_the_same_numbers(bpe):

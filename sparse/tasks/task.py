@@ -142,7 +142,9 @@ class Task:
 
         It is the control of a task. Both targets follow either context about equally badly, so a
         method that finds small circuits of low loss for it too is too expressive. A model may still
-        like one of them more after one kind of context: score the twin before you rely on it.
+        like one of them more after one kind of context, which makes one assignment of targets to
+        contexts easier than the other. Try both before you rely on it: exchanged, they are
+        `task.nonsense().with_targets((second, first))`, and `TaskScore.paired` tells the way.
         """
         own = {t for s in SPLITS for p in self.pairs(s) for t in (p.target_1, p.target_2)}
         own |= {t for pair in self.alternatives for t in pair}

@@ -31,6 +31,7 @@ from .ops.prefix import prefix_ids
 from .ops.project import project_
 from .storage.card import Card, Metric
 from .tasks.batch import task_nats
+from .tasks.nonsense import easier_nonsense
 from .tasks.pair import Pair
 from .tasks.score import TaskScore
 from .tasks.suite import get_task, task_names
@@ -68,6 +69,7 @@ __all__ = [
     "TrainConfig",
     "abs_topk",
     "check_processes",
+    "easier_nonsense",
     "estimated_tokens",
     "extract",
     "first_blocks",

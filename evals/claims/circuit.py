@@ -31,6 +31,7 @@ from sparse.circuits.pruning.learn import learn
 from sparse.circuits.score import circuit_logits, last_logits
 from sparse.model.gpt import SparseGPT
 from sparse.tasks.batch import TaskBatch, task_nats
+from sparse.tasks.nonsense import easier_nonsense, is_nonsense_of
 from sparse.tasks.score import positions_of
 
 RANDOM = "random circuits of equal size"
@@ -174,15 +175,16 @@ def nonsense_at_size(
     Its nodes are the first of the ranking that learning the masks on the nonsense task gives, with
     the settings with which this circuit was found. They are as many as this circuit had before its
     clean-up, so the twin never has fewer nodes than the circuit. `nonsense` is what `prune` found
-    for the twin; if it was found with the same settings its ranking is used, otherwise one is
-    learned here.
+    for the twin, in either direction; if it was found with the same settings its ranking is used.
+    Otherwise one is learned here, in the direction that the model likes better (`easier_nonsense`).
     """
-    config, twin = _config(circuit), circuit.task.nonsense()
+    config = _config(circuit)
     k = max(len(circuit), circuit.config.get("k_before_clean_up", 0))
-    if nonsense is not None and nonsense.ranking and nonsense.task == twin:
+    if nonsense is not None and nonsense.ranking and is_nonsense_of(circuit.task, nonsense.task):
         same = nonsense.model_fingerprint == circuit.model_fingerprint
         if same and _config(nonsense) == config:
             return nonsense.resized(k)
+    twin = easier_nonsense(circuit.task, model, tokenizer)
     batch = twin.batch(tokenizer, "train", positions_of(model))
     batch = batch.to(next(model.parameters()).device)
     everything = nodes_of(circuit.ablation)

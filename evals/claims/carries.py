@@ -40,7 +40,7 @@ from .arms import (
 )
 from .dense_trial import Decoded, Deltas, Trial
 from .judge import judged
-from .matched import apart
+from .matched import NONSENSE, apart, at_size, called
 from .twin import LEAST
 
 ROOM = 0.1
@@ -67,7 +67,10 @@ class Carrying:
             "complement": steering(complement(circuit)),
             "patch": lambda trial: trial.patched(),
         }
-        self.namesakes: dict[str, Make] = {k: steering(c) for k, c in namesakes.items()}
+        self.namesakes: dict[str, Make] = {
+            k: steering(at_size(c, circuit, exactly=True) if k == NONSENSE else c)
+            for k, c in namesakes.items()
+        }
 
     def empty(self, draws: int, seed: int) -> dict[str, Iterator[tuple[str, Make]]]:
         """Return the empty controls by family: `draws` ways each to make a delta."""
@@ -110,8 +113,8 @@ def carries(
 ) -> Claim:
     """Return claim 3 of a circuit, from trials whose sources are unrelated (`unrelated`).
 
-    `namesakes` are circuits by name: "nonsense", of the circuit's size, and those of tasks of other
-    families. `unmatched` pairs had no source and are not in the trials.
+    `namesakes` are circuits by name: "nonsense", whose ranking is cut to the circuit's size, and
+    those of tasks of other families. `unmatched` pairs had no source and are not in the trials.
     """
     trial = splits.test
     gap = float((trial.p_cf - trial.p_0).mean())
@@ -153,11 +156,6 @@ def _conditions(
     for key, (words, make) in both.items():
         yield _against(arms, key, words, make, own, mine)
         tick()
-
-
-def called(name: str) -> str:
-    """Return a namesake in words."""
-    return "the nonsense twin's circuit" if name == "nonsense" else f"the circuit for {name}"
 
 
 def _against(

@@ -26,6 +26,8 @@ NEAREST = 8
 """Nodes of nearest activity among which one is drawn."""
 SMALL = 1e-6
 """Added to activities before their logarithm, so that dead nodes are far from live ones."""
+NONSENSE = "nonsense"
+"""The name of the nonsense twin's circuit among the namesakes."""
 Activity = Mapping[str, Float[Tensor, " _"]]
 
 
@@ -79,6 +81,20 @@ def _alike(
     return picked
 
 
+def at_size(namesake: Circuit, circuit: Circuit, exactly: bool = False) -> Circuit:
+    """Return a namesake with no more nodes than the circuit, the first of its own ranking.
+
+    With `exactly` it gets as many as the circuit had before its clean-up, also where that is more
+    than it has, so that it never has fewer than the circuit. Without a ranking it is returned as it
+    is.
+    """
+    if not namesake.ranking:
+        return namesake
+    if exactly:
+        return namesake.resized(max(len(circuit), circuit.config.get("k_before_clean_up", 0)))
+    return namesake.resized(len(circuit)) if len(namesake) > len(circuit) else namesake
+
+
 def outside(nonsense: Circuit, circuit: Circuit) -> Circuit:
     """Return the first nodes of another circuit's ranking that are not of `circuit`, equally many.
 
@@ -89,6 +105,11 @@ def outside(nonsense: Circuit, circuit: Circuit) -> Circuit:
     ranked = ranked_nodes(nonsense) if nonsense.ranking else list(nonsense)
     free = [node for node in ranked if node not in own]
     return nonsense.with_nodes(free[: len(circuit)], f"outside {circuit.task.name}")
+
+
+def called(name: str) -> str:
+    """Return a namesake in words; "nonsense" is the circuit of the nonsense twin."""
+    return "the nonsense twin's circuit" if name == NONSENSE else f"the circuit for {name}"
 
 
 def ranked_nodes(circuit: Circuit) -> list[Node]:

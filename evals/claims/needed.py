@@ -5,9 +5,9 @@
 
 The harm must be at least 0.25, and more than that of the delta rotated, of the same change through
 decoders of the same covariance, and of random nodes as active (p <= 0.05 each, all of its length).
-It must be more than the harm of the nonsense twin's nodes outside the circuit, at its length. And
-it must exceed the harm that the same ablation, at the same site, does to every task of another
-family that the dense model does.
+It must be more than the harm of the nonsense twin's nodes outside the circuit, and of every other
+namesake, at its length. And it must exceed the harm that the same ablation, at the same site, does
+to every task of another family that the dense model does.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .arms import Arm, Make, Splits, ablating, alike, mixed, once, turned
 from .carries import WORDS, about
 from .dense_trial import Decoded, Trial
 from .judge import judged
-from .matched import activity_of, apart, outside
+from .matched import NONSENSE, activity_of, apart, called, outside
 from .twin import LEAST
 
 Tick = Callable[[], object]
@@ -52,7 +52,7 @@ def harm_to(trial: Trial, make: Make, site: int) -> Resampled:
 def needed(
     splits: Splits,
     circuit: Circuit,
-    nonsense: Circuit,
+    namesakes: Mapping[str, Circuit],
     others: Mapping[str, Trial],
     *,
     heldout: Int[Tensor, "block pos"] | None = None,
@@ -63,8 +63,9 @@ def needed(
 ) -> Claim:
     """Return claim 4 of a circuit.
 
-    `nonsense` is a circuit of the nonsense twin, `others` are test trials of tasks of other
-    families that the dense model does. `heldout` are blocks of text for a fact: the nats per token
+    `namesakes` are as in `carries`; of the nonsense twin's ranking the first nodes outside the
+    circuit are taken. `others` are test trials of tasks of other families that the dense model
+    does. `heldout` are blocks of text for a fact: the nats per token
     that the same ablation costs there.
     """
     trial = splits.test
@@ -85,30 +86,33 @@ def needed(
     def conditions() -> Iterator[Condition]:
         yield does
         yield threshold("harm", "harm of ablating it", own, LEAST, "fraction", "higher")
-        yield _nonsense(splits, circuit, nonsense, make, own, logits)
         yield from _specific(trial, others, make, arm)
+        for k, namesake in namesakes.items():
+            yield _namesake(splits, circuit, k, namesake, make, logits)
         yield from _empty(splits, circuit, make, own, draws, seed, tick)
 
     return judged("needed", name, own, "fraction", conditions(), facts, stop_early)
 
 
-def _nonsense(
+def _namesake(
     splits: Splits,
     circuit: Circuit,
-    nonsense: Circuit,
+    name: str,
+    namesake: Circuit,
     make: Callable[[Trial], Decoded],
-    own: float,
     logits: Tensor,
 ) -> Condition:
-    """Return the condition on the nonsense twin's nodes outside the circuit, at its length."""
-    trial, nodes = splits.test, outside(nonsense, circuit)
-    arm = splits.placed("nonsense", alike(ablating(nodes), make), harm)
+    """Return the condition that a namesake, at the circuit's length, does less harm."""
+    of_nonsense = name == NONSENSE
+    nodes = outside(namesake, circuit) if of_nonsense else namesake
+    where = ", outside this one" if of_nonsense else ""
+    trial, arm = splits.test, splits.placed(name, alike(ablating(nodes), make), harm)
     theirs = splits.run(arm)
     gap = trial.nats(logits) - trial.nats(theirs)
     columns = torch.stack([gap, CHANCE - trial.nats_0], dim=1)
     return favours(
-        "nonsense",
-        "more harm than the nonsense twin's nodes outside it, at its length",
+        f"namesake.{name}",
+        f"more harm than {called(name)}{where}, of its length",
         resampled(columns, trial.batch.groups, ratio),
         harm(trial, theirs),
         "fraction",

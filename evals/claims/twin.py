@@ -6,17 +6,19 @@
 
     sufficient  L <= 0.3,  L(C) <= max(target, L + 0.05),  L(C) >= L - 0.05,
                 |L_p(C) - L| <= 0.1 at p = 0.1, 0.25 and 0.5;
-                L_0.25(C) less than that of k random circuits (p <= 0.05) and of the nonsense twin's
+                L_0.25(C) less than that of k random circuits (p <= 0.05) and of every namesake
     necessary   L <= 0.3,  h(C) >= 0.25;
-                h(C) more than that of k random node sets of equal activity (p <= 0.05), and of the
-                nonsense twin's nodes that are not in C
+                h(C) more than that of k random node sets of equal activity (p <= 0.05), of the
+                nonsense twin's nodes that are not in C, and of every other namesake
 
-Random nodes are never the circuit's own. The nonsense twin's circuit has the circuit's size.
+Namesakes are circuits found in the same way for something else: for the nonsense twin, at this
+circuit's size, and for tasks of other families. In the second claim none has more nodes than the
+circuit. Random nodes are never the circuit's own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -30,7 +32,7 @@ from sparse.tasks.batch import CHANCE
 from sparse.tasks.score import DOES
 
 from .judge import judged
-from .matched import activity_of, apart, outside
+from .matched import NONSENSE, activity_of, apart, at_size, called, outside
 from .twin_trial import TwinTrial, measuring
 
 LEAST = 0.25
@@ -49,7 +51,7 @@ Tick = Callable[[], object]
 def sufficient(
     trial: TwinTrial,
     circuit: Circuit,
-    nonsense: Circuit,
+    namesakes: Mapping[str, Circuit],
     *,
     draws: int = 39,
     seed: int = 0,
@@ -58,22 +60,20 @@ def sufficient(
 ) -> Claim:
     """Return claim 1: the circuit alone does the task, as the model does it.
 
-    `nonsense` is the circuit of the nonsense twin, of equal size (`nonsense_at_size`). `tick` is
-    called after every draw.
+    `namesakes` are circuits by name; that of the nonsense twin is called "nonsense". `stop_early`
+    leaves out the conditions after the first that fails. `tick` is called after every draw.
     """
     with measuring(trial.model):
         alone = trial.alone(circuit)
-        conditions = _sufficient(trial, circuit, nonsense, alone, draws, seed, tick)
-        facts = {**_facts(trial, circuit), "nonsense nodes": len(nonsense)}
-        return judged(
-            "sufficient", circuit.task.name, _mean(alone), "nats", conditions, facts, stop_early
-        )
+        conditions = _sufficient(trial, circuit, namesakes, alone, draws, seed, tick)
+        name, facts = circuit.task.name, _facts(trial, circuit)
+        return judged("sufficient", name, _mean(alone), "nats", conditions, facts, stop_early)
 
 
 def _sufficient(
     trial: TwinTrial,
     circuit: Circuit,
-    nonsense: Circuit,
+    namesakes: Mapping[str, Circuit],
     alone: Float[Tensor, " pair"],
     draws: int,
     seed: int,
@@ -94,15 +94,18 @@ def _sufficient(
         name = f"distance from the model, a share {p:g} of all else ablated"
         gap = abs(_mean(there) - own)
         yield threshold(f"stochastic.{p:g}", name, gap, NEAR, "nats", "lower")
-    theirs = trial.stochastic(nonsense, COMPARED)
-    yield favours(
-        "nonsense",
-        "less loss than the nonsense twin's circuit of its size",
-        resampled((mine - theirs)[:, None], trial.batch.groups, seed=seed),
-        _mean(theirs),
-        "nats",
-        "lower",
-    )
+    for name, namesake in namesakes.items():
+        other = at_size(namesake, circuit, exactly=True) if name == NONSENSE else namesake
+        theirs = trial.stochastic(other, COMPARED)
+        yield favours(
+            f"namesake.{name}",
+            f"less loss than {called(name)}",
+            resampled((mine - theirs)[:, None], trial.batch.groups, seed=seed),
+            _mean(theirs),
+            "nats",
+            "lower",
+            nodes=len(other),
+        )
     found = []
     for i in range(draws):
         found.append(_mean(trial.stochastic(apart(circuit, seed + i), COMPARED)))
@@ -114,7 +117,7 @@ def _sufficient(
 def necessary(
     trial: TwinTrial,
     circuit: Circuit,
-    nonsense: Circuit,
+    namesakes: Mapping[str, Circuit],
     *,
     draws: int = 39,
     seed: int = 0,
@@ -123,24 +126,23 @@ def necessary(
 ) -> Claim:
     """Return claim 2: the sparse model needs the circuit for the task.
 
-    `nonsense` is any circuit of the nonsense twin with a ranking; its first nodes that are not of
-    this circuit are taken.
+    `namesakes`, `stop_early` and `tick` are as in `sufficient`. Of the nonsense twin's ranking the
+    first nodes that are not of this circuit are taken.
     """
     with measuring(trial.model):
         harmed = trial.without(circuit)
         room = CHANCE - _mean(trial.full)
         harm = (_mean(harmed) - _mean(trial.full)) / room
-        conditions = _necessary(trial, circuit, nonsense, harmed, harm, draws, seed, tick)
-        facts = {**_facts(trial, circuit), "loss without it": _mean(harmed)}
-        return judged(
-            "necessary", circuit.task.name, harm, "fraction", conditions, facts, stop_early
-        )
+        conditions = _necessary(trial, circuit, namesakes, harmed, harm, draws, seed, tick)
+        name, facts = circuit.task.name, _facts(trial, circuit)
+        facts |= {"loss without it": _mean(harmed)}
+        return judged("necessary", name, harm, "fraction", conditions, facts, stop_early)
 
 
 def _necessary(
     trial: TwinTrial,
     circuit: Circuit,
-    nonsense: Circuit,
+    namesakes: Mapping[str, Circuit],
     harmed: Float[Tensor, " pair"],
     harm: float,
     draws: int,
@@ -150,18 +152,20 @@ def _necessary(
     own = _mean(trial.full)
     yield _does(own)
     yield threshold("harm", "harm of ablating it", harm, LEAST, "fraction", "higher")
-    others = outside(nonsense, circuit)
-    theirs = trial.without(others)
-    columns = torch.stack([harmed - theirs, CHANCE - trial.full], dim=1)
-    yield favours(
-        "nonsense",
-        "more harm than the nonsense twin's nodes outside it",
-        resampled(columns, trial.batch.groups, ratio, seed),
-        (_mean(theirs) - own) / (CHANCE - own),
-        "fraction",
-        "higher",
-        nodes=len(others),
-    )
+    for name, namesake in namesakes.items():
+        of_nonsense = name == NONSENSE
+        other = outside(namesake, circuit) if of_nonsense else at_size(namesake, circuit)
+        theirs = trial.without(other)
+        columns = torch.stack([harmed - theirs, CHANCE - trial.full], dim=1)
+        yield favours(
+            f"namesake.{name}",
+            f"more harm than {called(name)}{', outside this one' if of_nonsense else ''}",
+            resampled(columns, trial.batch.groups, ratio, seed),
+            (_mean(theirs) - own) / (CHANCE - own),
+            "fraction",
+            "higher",
+            nodes=len(other),
+        )
     activity = activity_of(trial.model, circuit, trial.batch)
     found = []
     for i in range(draws):

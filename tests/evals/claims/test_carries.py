@@ -71,6 +71,7 @@ def test_its_numbers_are_those_of_its_arm_at_strength_one_on_test(claim, splits,
     assert claim.facts["collateral A"] == pytest.approx(mean, abs=1e-5)
     gap = float((trial.p_cf - trial.p_0).mean())
     assert claim["does"].value == pytest.approx(gap)
+    assert (claim["share"].against, claim["does"].against) == (0.25, 0.1)
 
 
 def test_a_rival_is_compared_at_the_circuit_s_share_over_what_the_pairs_share(

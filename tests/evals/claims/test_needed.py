@@ -11,6 +11,7 @@ from evals.claims.needed import harm, harm_to, needed, text_harm
 from evals.claims.prompts import paired_trial
 from evals.claims.prompts import splits as paired_splits
 from evals.scores.clusters import ratio, resampled
+from evals.scores.controls import of_length
 from sparse import get_task
 
 from .test_carries import permuted, turned
@@ -65,6 +66,7 @@ def test_harm_is_the_loss_it_costs_over_the_loss_there_is_room_for(claim, splits
     oracle = float((after.mean() - before.mean()) / (math.log(2) - before.mean()))
     assert claim.value == claim["harm"].value == pytest.approx(oracle, abs=1e-4)
     assert harm(trial, logits) == pytest.approx(oracle, abs=1e-4)
+    assert claim["harm"].against == 0.25
     assert harm(trial, trial.untouched) == 0
     coin = trial.untouched.clone()  # one half each costs all there is room for
     rows = torch.arange(len(coin))
@@ -140,13 +142,21 @@ def test_namesakes_are_compared_at_the_length_of_the_circuit_s_ablation(splits, 
     assert claim["namesake.itself"].interval == pytest.approx((0, 0), abs=1e-3)
     assert claim["namesake.nonsense"].detail["nodes"] == len(quotes)
     assert claim["namesake.nonsense"].state == "holds"  # the ranking's next nodes, not its own
+    few = quotes.with_nodes(list(quotes)[:12], "few")
+    condition = needed(splits, quotes, {"few": few}, {}, draws=1)["namesake.few"]
+    trial, site = splits.test, condition.detail["site"]
+    own, length = trial.ablated(few)(site), trial.ablated(quotes)(site)
+    oracle = harm(trial, trial.logits(site, of_length(own, length)))
+    assert condition.against == pytest.approx(oracle, abs=1e-4)
+    shorter = harm(trial, trial.logits(site, own))  # control: at its own length
+    assert abs(oracle - shorter) > 0.02
 
 
 def test_where_the_dense_model_does_not_do_the_task_one_cannot_tell(splits_of, quotes):
     splits = splits_of(quotes, task=get_task("single_double_quote:nonsense"), pairs=6)
     claim = needed(splits, quotes, {}, {}, draws=1)
     assert claim.outcome == "cannot tell" and [c.key for c in claim.conditions] == ["does"]
-    assert claim["does"].value > 0.3 and claim.value == 0
+    assert claim["does"].value > 0.3 == claim["does"].against and claim.value == 0
 
 
 def test_harm_to_text_is_the_nats_per_token_that_the_ablation_costs(tiny, splits, quotes):

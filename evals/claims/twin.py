@@ -61,7 +61,7 @@ def sufficient(
     """Return claim 1: the circuit alone does the task, as the model does it.
 
     `namesakes` are circuits by name; that of the nonsense twin is called "nonsense". `stop_early`
-    leaves out the conditions after the first that fails. `tick` is called after every draw.
+    leaves out the conditions after the first that does not hold. `tick` is called after every draw.
     """
     with measuring(trial.model):
         alone = trial.alone(circuit)

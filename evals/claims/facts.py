@@ -3,10 +3,11 @@
     zero, resample   task loss with everything outside the circuit at 0, or at what it is in another
                      run: of another pair's prompt, or of unrelated text
     kl               KL(full || circuit) at the scored position, whole vocabulary
-    nodes            sum (x_c - x)^2 / sum (x - mean x)^2 over kept nodes and tokens: full x, pruned x_c
+    nodes            sum (x_c - x)^2 / sum (x - mean x)^2 over kept nodes and tokens: x in the full
+                     run, x_c in the pruned one
     attention        1/2 sum_u |A_c - A| at the scored position, the sink being one of the places u
     frozen norms     task loss with 1 / rms of every norm taken from the full model's run
-    adversary        the largest task loss that a choice of ablated nodes outside it was found to give
+    adversary        the largest task loss found by choosing which nodes outside it to ablate
 
 The controls are random circuits of as many nodes at each location, none of them the circuit's own
 where the others suffice. Every mean is over pairs; the value of a pair is the mean over its two
@@ -33,6 +34,8 @@ from sparse.circuits.graph import THIRDS
 from sparse.circuits.mask import masked
 from sparse.circuits.score import circuit_logits, last_logits
 from sparse.circuits.taps import edited, recorded
+from sparse.model.blocks import Attention
+from sparse.model.config import FINAL
 from sparse.model.gpt import SparseGPT
 from sparse.model.modes import still
 from sparse.ops.attention_sink import eager_sink
@@ -40,7 +43,7 @@ from sparse.ops.csr_linear import csr_products
 from sparse.tasks.batch import TaskBatch, task_nats
 from sparse.tasks.score import positions_of
 
-from .adversary import adversary_rows
+from .adversary import ADVERSARY_DRAWS, adversary_rows
 
 RANDOM = "random circuits of equal size"
 Values = Mapping[str, Tensor]
@@ -64,13 +67,18 @@ def twin_facts(
 
     The keys are "circuit.fact.zero", ".resample.pair", ".resample.text", ".kl", ".nodes",
     ".attention", ".frozen_norms", ".adversary" and ".adversary.ranking"; losses are in nats. The
-    first `max_pairs` pairs of `split` are used, and the control of a row is `draws` random
-    circuits. `blocks` is text of the run (`Run.heldout`), at least as long as the prompts, for the
-    rows that take other values from it; without it there is no ".resample.text". A row is left out
-    where it has nothing to measure: resampling where fewer than 2 pairs have prompts as long as
-    those of another pair, nodes where no kept node ever changes, attention where no kept node is a
-    query, key or value, the adversary's second control where the circuit has no ranking. `seed`
-    fixes every draw. Raises ValueError for a circuit of another model.
+    first `max_pairs` pairs of `split` are used. The control of a row is `draws` random circuits;
+    for the adversary, which is slow, at most ADVERSARY_DRAWS of them. `blocks` is text of the run
+    (`Run.heldout`), at least as long as the prompts, whose values the rest takes in one row;
+    without it there is no ".resample.text". A row is left out where it has nothing to measure:
+
+    - ".resample.pair" where fewer than 2 pairs have prompts as long as those of another pair;
+    - ".nodes" where no kept node ever changes;
+    - ".attention" where no kept node is a query, key or value;
+    - ".adversary.ranking" where the circuit has no ranking.
+
+    The adversary learns on the validation split, or on train where there is no other. `seed` fixes
+    every draw. Raises ValueError for a circuit of another model.
 
     >>> from bridges import load_run
     >>> from evals.claims.facts import twin_facts
@@ -80,6 +88,8 @@ def twin_facts(
     >>> rows[0].key, rows[0].unit, len(rows)
     ('circuit.fact.zero', 'nats', 6)
     """
+    if draws < 1:
+        raise ValueError(f"twin_facts: draws={draws}, but a fact stands beside a control; draw 1")
     circuit.check(model)
     device = next(model.parameters()).device
     batches = circuit.task.batches(tokenizer, positions_of(model))
@@ -92,13 +102,10 @@ def twin_facts(
             facts = _Facts(model, circuit, batch, blocks, seed)
             rows = _rows(facts, drawn, seed, progress)
         if adversary:
-            learn_on = (
-                "validation" if "validation" in batches and split != "validation" else "train"
-            )
-            given = {"seed": seed, "progress": progress}
-            rows += adversary_rows(
-                model, circuit, drawn, batches[learn_on].to(device), batch, **given
-            )
+            apart = "validation" in batches and split != "validation"
+            learn = batches["validation" if apart else "train"].to(device)
+            few, given = drawn[:ADVERSARY_DRAWS], {"seed": seed, "progress": progress}
+            rows += adversary_rows(model, circuit, few, learn, batch, **given)
     return rows
 
 
@@ -121,7 +128,7 @@ class _Facts:
         self.zeros = {at: torch.zeros_like(x) for at, x in circuit.ablation.items()}
         with recorded(model, list(circuit.ablation)) as values, scales(model) as norms:
             self.full = last_logits(model, batch)
-        self.values, self.norms = dict(values), dict(norms)
+        self.values, self.norms = values, norms
         self.real = torch.arange(batch.ids.shape[1], device=batch.ids.device) <= batch.last[:, None]
         self.other = other_prompts(batch, seed)
         self.text = None if blocks is None else _text(batch, blocks, seed)
@@ -131,10 +138,12 @@ class _Facts:
         logits = circuit_logits(self.model, self.batch, c.masks(), ablation)
         return per_pair(task_nats(logits, self.batch))
 
-    def resampled(self, c: Circuit, source: Values) -> Float[Tensor, " pair"]:
+    def resampled(
+        self, c: Circuit, source: Values, pairs: Int[Tensor, " matched"] | slice = slice(None)
+    ) -> Float[Tensor, " _"]:
         """Return the task loss, in nats, with everything outside `c` as it is in another run."""
         with held(self.model, c.masks(), source):
-            return per_pair(task_nats(last_logits(self.model, self.batch), self.batch))
+            return per_pair(task_nats(last_logits(self.model, self.batch), self.batch))[pairs]
 
     def frozen(self, c: Circuit) -> Float[Tensor, " pair"]:
         """Return the task loss, in nats, with every norm's scale that of the full run."""
@@ -161,6 +170,8 @@ class _Facts:
         below = 0.0
         for at, indices in c.nodes.items():
             x, x_c = (v[at][..., list(indices)] for v in (self.values, pruned))
+            if at == FINAL:  # one row of all prompts
+                x, x_c = x.transpose(0, 1), x_c.transpose(0, 1)
             real = self.real if x.shape[1] > 1 else torch.ones_like(self.real[:, :1])
             tokens = x[real].double()
             below += float((tokens - tokens.mean(0)).square().sum())
@@ -186,8 +197,9 @@ class _Facts:
         return per_pair(torch.cat(found, 1).mean(1)) if found else None
 
     def _pattern(self, layer: int, values: Values) -> Float[Tensor, "prompt head pos"]:
-        """Return the attention of the scored position to every token, by the model's own formula."""
+        """Return the attention of the scored position to all tokens, by the model's formula."""
         attn = self.model.model.blocks.get_submodule(f"{layer}.attn")
+        assert isinstance(attn, Attention)
         q, k = values[f"{layer}.attn.q"], values[f"{layer}.attn.k"]
         if q.shape[1] > 1:
             q = q[torch.arange(len(q), device=q.device), self.batch.last][:, None]
@@ -196,15 +208,16 @@ class _Facts:
         return eager_sink(attn, q, k, k, seen, attn.scaling, 0.0, attn.sinks)[1].squeeze(2)
 
     def _pruned(self, c: Circuit) -> Values:
-        with masked(self.model, c.masks(), self.ablation), recorded(self.model) as values:
+        places = list(self.ablation)
+        with masked(self.model, c.masks(), self.ablation), recorded(self.model, places) as values:
             last_logits(self.model, self.batch)
-        return dict(values)
+        return values
 
     def source(self, ids: Int[Tensor, "prompt pos"]) -> Values:
         """Return the values of all nodes of the full model on `ids`, at the batch's positions."""
         with recorded(self.model, list(self.ablation)) as values:
             last_logits(self.model, self.batch, ids)
-        return dict(values)
+        return values
 
 
 def _rows(facts: _Facts, drawn: Sequence[Circuit], seed: int, progress: bool) -> list[Score]:
@@ -230,9 +243,9 @@ def _rows(facts: _Facts, drawn: Sequence[Circuit], seed: int, progress: bool) ->
         matched = facts.other.matched
         if len(matched) > 1:
             there = facts.source(facts.other.ids)
-            pick = lambda c: facts.resampled(c, there)[matched]  # noqa: E731
-            name = "task loss, the rest as on another pair's prompt"
-            row("resample.pair", name, "nats", pick, unmatched=batch.n_pairs - len(matched))
+            resampled = partial(facts.resampled, source=there, pairs=matched)
+            name, alone = "task loss, the rest as on another prompt", batch.n_pairs - len(matched)
+            row("resample.pair", name, "nats", resampled, unmatched=alone)
         if facts.text is not None:
             text = facts.source(facts.text)
             name = "task loss, the rest as on other text"

@@ -16,6 +16,7 @@ from evals.report.page import page
 from evals.report.report import Report, provenance
 from evals.report.twin_card import twin_card
 from evals.scores.curve import Curve
+from evals.scores.pictures import Pictures
 from evals.scores.score import Score
 from sparse.circuits.circuit import Circuit
 from sparse.circuits.view.graph import graph
@@ -75,7 +76,7 @@ def evaluate_run(
     return Report(
         title=f"Sparse bridges: {run.manifest['dense']['name']}",
         sections=sections,
-        curves=tuple(curves),
+        pictures=Pictures(curves=tuple(curves)),
         graphs=tuple(graph(run.sparse, found[name]) for name in names),
         notes=_notes({name: found[name] for name in names}, sections["Bridges"], skipped),
         provenance=provenance(**facts),

@@ -36,6 +36,11 @@ def number(x: int | float) -> str:
     return f"{x:.2e}" if not 1e-3 <= abs(x) < 1e5 else f"{x:.3g}" if abs(x) < 100 else f"{x:.0f}"
 
 
+def signed(x: int | float) -> str:
+    """Return `x` as `number` does, with its sign."""
+    return f"{'-' if x < 0 else '+'}{number(abs(x))}"
+
+
 def with_unit(x: int | float, unit: str) -> str:
     """Return a number and its unit; a fraction has none."""
     return number(x) if unit == "fraction" else f"{number(x)} {unit}"
@@ -44,7 +49,7 @@ def with_unit(x: int | float, unit: str) -> str:
 def cells(row: Score) -> tuple[str, ...]:
     """Return the cells of a row, in the order of COLUMNS: facts alone, no verdict."""
     several = row.n > 1
-    error = f"{row.gap:+.3g} ± {row.stderr:.2g}" if several else f"{row.gap:+.3g}"
+    error = f"{row.gap:+.3g} ± {row.stderr:.2g}" if several else signed(row.gap)
     interval = f"{row.interval[0]:+.3g} to {row.interval[1]:+.3g}" if several else "–"
     name = f"{row.name} ({row.unit}, {row.better} is better)"
     numbers = number(row.value), number(row.control), error, interval, str(row.n)

@@ -59,8 +59,8 @@ class Label:
     """A text beside the axes that names the point (x, y)."""
 
     text: str
-    x: float
-    y: float
+    x: int | float
+    y: int | float
     colour: str
     marker: str = ""
     joined: bool = True

@@ -175,7 +175,7 @@ def _sections(rng):
                   key="circuit.necessity"),
             score("nonsense twin (59 nodes, the circuit 59)", "nats", 0.11, [0.44],
                   "the nonsense twin's circuit of 59 nodes", key="circuit.nonsense", **low),
-            score("nodes", "nodes", 59, [5632], "the whole model", n=1, stderr=0.0, **low),
+            score("nodes", "nodes", 59.0, [5632.0], "the whole model", n=1, stderr=0.0, **low),
         )  # fmt: skip
         patch = {"detail": {"untouched": 0.02, "full activation patch": 0.97, "site": 3}}
         sections[f"{task}: the same circuit in the dense model"] = (

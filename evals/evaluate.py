@@ -17,6 +17,7 @@ from evals.claims.claims import Trials, trials_of
 from evals.claims.evaluation import Evaluation
 from evals.claims.transfer import evaluate_transfer
 from evals.report.page import page
+from evals.report.replay import IN_THE_TWIN
 from evals.report.report import Report, provenance
 from evals.report.twin_card import twin_card
 from evals.scores.pictures import Matrix, Pictures
@@ -176,7 +177,8 @@ def evaluate_run(
             bar.set_postfix_str(name)
             each[name] = job.evaluation(name)
     sections = {"Bridges": bridges}
-    sections |= {name: evaluation.rows for name, evaluation in each.items() if evaluation.rows}
+    for name, evaluation in each.items():
+        sections |= _sections(name, evaluation)
     facts_of = {**settings, "seed": seed, "quick": quick, "tasks": names}
     return Report(
         title=f"Sparse bridges: {run.manifest['dense']['name']}",
@@ -187,6 +189,19 @@ def evaluate_run(
         notes=_notes({name: found[name] for name in names}, bridges, skipped, others),
         provenance=provenance(**facts_of, run=run.manifest),
     )
+
+
+def _sections(name: str, evaluation: Evaluation) -> dict[str, tuple[Score, ...]]:
+    """Return the rows of a circuit under two headings, one for each model."""
+    of = {
+        f"{name}{IN_THE_TWIN}": "circuit.",
+        f"{name}: the same circuit in the dense model": "transfer.",
+    }
+    found = {
+        heading: tuple(row for row in evaluation.rows if row.key.startswith(start))
+        for heading, start in of.items()
+    }
+    return {heading: rows for heading, rows in found.items() if rows}
 
 
 def mapped_of(run: Run, circuit: Circuit) -> DenseCircuit:
@@ -212,7 +227,7 @@ def _names(run: Run, found: Mapping[str, Circuit], tasks: Sequence[str] | None) 
 
 
 def _done_by_dense(run: Run, found: Mapping[str, Circuit]) -> list[Task]:
-    """Return the tasks that the dense model does: built-in ones, and those of the run's circuits."""
+    """Return the tasks that the dense model does: built-in ones, and those of its circuits."""
     own = {c.task.name: c.task for c in found.values() if ":nonsense" not in c.task.name}
     tasks = {name: get_task(name) for name in task_names()} | own
     done = []
@@ -241,9 +256,7 @@ def _trials(
     return trials_of(mapped_of(run, found[names[0]]), tasks, run.tokenizer, most, seed)
 
 
-def _ticks(
-    settings: Mapping[str, Any], names: Sequence[str], found: Mapping[str, Circuit]
-) -> int:
+def _ticks(settings: Mapping[str, Any], names: Sequence[str], found: Mapping[str, Circuit]) -> int:
     """Return how many steps the claims of these circuits have: draws, rivals and namesakes."""
     circuits = sum(":nonsense" not in name for name in found)
     return len(names) * (8 * settings["draws"] + 4 + circuits)
@@ -276,7 +289,9 @@ def specificity(claims: Sequence[Claim]) -> Matrix | None:
     """Return the harm to every task (column) of ablating every circuit (row) in the dense model."""
     rows: dict[str, dict[str, float]] = {}
     for claim in claims:
-        harms = {c.key.partition(".")[2]: c.against for c in claim.conditions if "specific." in c.key}
+        harms = {
+            c.key.partition(".")[2]: c.against for c in claim.conditions if "specific." in c.key
+        }
         if harms:
             rows[claim.task] = {claim.task: claim.value, **harms}
     columns = list(dict.fromkeys([*rows, *(name for harms in rows.values() for name in harms)]))

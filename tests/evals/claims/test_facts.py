@@ -9,6 +9,7 @@ import torch
 from bridges import load_run
 from evals.claims.adversary import attack
 from evals.claims.facts import _Facts, frozen_scales, held, other_prompts, scales, twin_facts
+from sparse.circuits.mask import masked
 from sparse.circuits.score import last_logits
 from sparse.circuits.taps import recorded
 from sparse.model.config import SparseGPTConfig
@@ -113,20 +114,19 @@ def test_attention_is_the_models_own_and_its_distance_counts_the_sink(sparse, so
     sparse.set_attn_implementation("eager")
     try:
         own = sparse(batch.ids, output_attentions=True).attentions
+        with masked(sparse, some.masks(), some.ablation):
+            pruned = sparse(batch.ids, output_attentions=True).attentions
     finally:
         sparse.set_attn_implementation("sdpa")
-    row = torch.arange(len(batch.ids))
-    for layer, weights in enumerate(own):
-        at_last = weights[row, :, batch.last]
-        assert torch.allclose(facts._pattern(layer, facts.values), at_last, atol=1e-5)
+    row, total, n = torch.arange(len(batch.ids)), torch.zeros(len(batch.ids)), 0
+    for layer, weights in enumerate(zip(own, pruned, strict=True)):
+        a, b = (w[row, :, batch.last] for w in weights)
+        assert torch.allclose(facts._pattern(layer, facts.values), a, atol=1e-5)
+        a, b = (torch.cat([w, 1 - w.sum(-1, keepdim=True)], -1) for w in (a, b))  # the sink
+        total, n = total + (a - b).abs().sum(-1).sum(1) / 2, n + a.shape[1]
     distance = facts.attends_elsewhere(some)
     assert distance is not None and (distance > 1e-3).all() and (distance <= 1).all()
-    # a query that points nowhere sees every key and the sink alike
-    layer0 = {at: torch.zeros_like(x) for at, x in facts.values.items()}
-    even = facts._pattern(0, layer0)
-    n_seen = (batch.last + 1).float()
-    sink = sparse.model.blocks[0].attn.sinks.exp().mean()
-    assert torch.allclose(even.sum(-1).mean(1), n_seen / (n_seen + sink), atol=1e-2)
+    assert torch.allclose(distance, (total / n).view(2, -1).mean(0), atol=1e-5)
 
 
 def test_the_share_of_variance_is_one_for_nodes_held_at_their_mean(sparse, make_circuit, batch):

@@ -22,7 +22,7 @@ from evals.scores.paired import paired, per_pair
 from evals.scores.score import Score
 from sparse.circuits.circuit import Circuit
 from sparse.circuits.mask import by_location, straight_through
-from sparse.circuits.score import circuit_logits
+from sparse.circuits.score import circuit_logits, last_logits
 from sparse.model.gpt import SparseGPT
 from sparse.tasks.batch import TaskBatch, task_nats
 
@@ -145,8 +145,11 @@ def adversary_rows(
         found, own = harmed(circuit)
         random = [harmed(c)[1] for c in drawn]
         first = [harmed(c)[1] for c in ranked]
+    with torch.no_grad():
+        full = float(task_nats(last_logits(model, batch), batch).mean())
     detail: dict[str, Any] = {
         "split": batch.split,
+        "full model": full,
         "learned on": f"{part.n_pairs} {part.split} pairs",
         "nats where it learned": found.nats,
         "share of the other nodes ablated": found.ablated,

@@ -282,7 +282,7 @@ def other_prompts(batch: TaskBatch, seed: int) -> Others:
     return Others(batch.ids[rows], torch.tensor(matched, device=batch.ids.device, dtype=torch.long))
 
 
-def _text(batch: TaskBatch, blocks: Int[Tensor, "block pos"], seed: int) -> Int[Tensor, "_ pos"]:
+def _text(batch: TaskBatch, blocks: Int[Tensor, "block length"], seed: int) -> Int[Tensor, "_ pos"]:
     """Return a random block of text for every prompt, cut to the prompts' positions."""
     width = batch.ids.shape[1]
     if blocks.ndim != 2 or not len(blocks) or blocks.shape[1] < width:

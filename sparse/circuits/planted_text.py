@@ -1,9 +1,9 @@
 """The language of a planted model: its words, their tokenizer, two tasks, and a made corpus.
 
-    vocabulary   words of the pool (punctuation, a few real words, made-up ones), shuffled by seed
-    frame        ti ro CUE mel WORD gus .. WORD fa ASK         the same for every pair that uses it
-    pair         one frame, one word, and a cue of either kind: only the cue differs
-    sentence     words with a cue of either task, then ASK and the target that the cue asks for
+vocabulary   words of the pool (punctuation, a few real words, made-up ones), shuffled by seed
+frame        ti ro CUE mel WORD gus .. WORD fa ASK         the same for every pair that uses it
+pair         one frame, one word, and a cue of either kind: only the cue differs
+sentence     words with a cue of either task, then ASK and the target that the cue asks for
 """
 
 from __future__ import annotations

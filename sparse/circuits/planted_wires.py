@@ -133,9 +133,7 @@ def lay_path(name: str, words: Lexicon, rooms: Rooms, rng: Random) -> Path:
     return path
 
 
-def answer_wires(
-    targets: tuple[int, int], sizes: Mapping[int, float], margin: float
-) -> list[Wire]:
+def answer_wires(targets: tuple[int, int], sizes: Mapping[int, float], margin: float) -> list[Wire]:
     """Return the wires by which two targets read the answer, each channel for its share.
 
     `sizes` are the channels of the answer and their mean values, after the norm, where the first

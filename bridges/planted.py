@@ -22,9 +22,10 @@ from dataclasses import dataclass, field
 from math import sqrt
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -39,7 +40,6 @@ from sparse.ops.seeds import seed_of
 from sparse.tasks.task import Task
 
 N_POSITIONS = 64
-WRITES = ("attn.out", "mlp.proj")  # the matrices that write to the stream
 SPARE_NEURONS = 16  # more neurons than the sparse model has; a decoy's second paths take some
 
 
@@ -145,7 +145,8 @@ def plant_pair(
     if decoy:
         for wires in planted.wires.values():
             wide.second_path(wires)
-    wide.fill(planted, width, rng)
+    n_neurons = planted.model.config.intermediate_size + SPARE_NEURONS
+    wide.fill(planted, {"attn": width // D_HEAD, "mlp": n_neurons}, rng)
     g = torch.Generator().manual_seed(seed_of("rotation", seed))
     q = _orthonormal(width, wide.width, g)
     a, b = rng.uniform(0.5, 3.0), rng.choice((1, -1)) * rng.uniform(0.2, 1.0)
@@ -162,21 +163,32 @@ def plant_pair(
     )
 
 
+class _Part(NamedTuple):
+    """The matrices of one kind of sublayer: those that read the stream, and the one that writes."""
+
+    reads: tuple[str, ...]
+    write: str
+    size: int
+    """Rows of a unit, which is a head or a neuron."""
+
+
+PARTS = {"attn": _Part(("q", "k", "v"), "out", D_HEAD), "mlp": _Part(("fc",), "proj", 1)}
+WRITES = ("attn.out", "mlp.proj")
+
+
 @dataclass
 class _Wide:
     """The matrices of a sparse model, stored (out, in), with room for more of everything.
 
-    The first `d` channels, and the first heads and neurons of every layer, are the model's own.
+    The model's own channels, and its own heads and neurons in every layer, come first.
     """
 
     matrices: dict[str, Tensor]
-    d: int
     width: int
 
     @classmethod
     def of(cls, model: SparseGPT) -> _Wide:
-        matrices = {name: weight.clone() for name, weight in views(model).items()}
-        return cls(matrices, model.d_resid, model.d_resid)
+        return cls({name: w.clone() for name, w in views(model).items()}, model.d_resid)
 
     def second_path(self, wires: Sequence[Wire]) -> None:
         """Do what `wires` do in new channels, heads and neurons, and let the targets read those.
@@ -184,82 +196,70 @@ class _Wide:
         The unembedding no longer reads the first path.
         """
         channels: dict[int, int] = {}
-        inner: dict[tuple[str, int], int] = {}
+        units: dict[tuple[str, int], int] = {}
 
         def channel(i: int) -> int:
             if i not in channels:
-                channels[i] = self.width
-                self.width += 1
+                channels[i] = self._add_channel()
             return channels[i]
 
-        def unit(matrix: str, i: int) -> int:
-            """Return the new head's row, or the new neuron, of the old one."""
-            sublayer = matrix.rpartition(".")[0]
-            size = D_HEAD if sublayer.endswith("attn") else 1
-            key = sublayer, i // size
-            if key not in inner:
-                name = f"{sublayer}.{'out' if size > 1 else 'proj'}"
-                inner[key] = self.matrices[name].shape[1] // size
-                self._grow_inner(sublayer, size)
-            return inner[key] * size + i % size
+        def unit(sublayer: str, i: int) -> int:
+            old, rest = divmod(i, PARTS[sublayer[2:]].size)
+            if (sublayer, old) not in units:
+                units[sublayer, old] = self._add_unit(sublayer)
+            return units[sublayer, old] * PARTS[sublayer[2:]].size + rest
 
         for matrix, row, column, value in wires:
+            sublayer = matrix.rpartition(".")[0]
+            if not sublayer:  # embedding and unembedding
+                at = row, channel(column)
+            elif matrix.endswith(WRITES):
+                at = channel(row), unit(sublayer, column)
+            else:
+                at = unit(sublayer, row), channel(column)
             if matrix == "unembed":
                 self.matrices[matrix][row, column] = 0.0
-            if matrix.endswith(WRITES):
-                at = channel(row), unit(matrix, column)
-            elif matrix.endswith("embed"):
-                at = row, channel(column)
-            else:
-                at = unit(matrix, row), channel(column)
-            self._pad_channels()
             self.matrices[matrix][at] = value
 
-    def _grow_inner(self, sublayer: str, size: int) -> None:
-        """Add a head, or a neuron, of zeros."""
-        reads = ("q", "k", "v") if size > 1 else ("fc",)
-        for name in (f"{sublayer}.{read}" for read in reads):
-            w = self.matrices[name]
-            self.matrices[name] = torch.cat([w, w.new_zeros(size, w.shape[1])])
-        name = f"{sublayer}.{'out' if size > 1 else 'proj'}"
-        w = self.matrices[name]
-        self.matrices[name] = torch.cat([w, w.new_zeros(len(w), size)], 1)
-
-    def _pad_channels(self) -> None:
-        """Give every matrix as many channels as there are by now."""
+    def _add_channel(self) -> int:
+        """Give every matrix one more channel of the stream, of zeros, and return its index."""
         for name, w in self.matrices.items():
-            if name.endswith(WRITES):
-                lacking = self.width - len(w)
-                self.matrices[name] = torch.cat([w, w.new_zeros(lacking, w.shape[1])])
-            else:
-                lacking = self.width - w.shape[1]
-                self.matrices[name] = torch.cat([w, w.new_zeros(len(w), lacking)], 1)
+            self.matrices[name] = F.pad(w, (0, 0, 0, 1) if name.endswith(WRITES) else (0, 1))
+        self.width += 1
+        return self.width - 1
 
-    def fill(self, planted: Planted, width: int, rng: Random) -> None:
-        """Make as many heads and neurons as the dense model has, in another order.
+    def _add_unit(self, sublayer: str) -> int:
+        """Give a sublayer one more head or neuron, of zeros, and return its index."""
+        part = PARTS[sublayer[2:]]
+        write = f"{sublayer}.{part.write}"
+        n = self.matrices[write].shape[1] // part.size
+        self.matrices[write] = F.pad(self.matrices[write], (0, part.size))
+        for read in (f"{sublayer}.{name}" for name in part.reads):
+            self.matrices[read] = F.pad(self.matrices[read], (0, 0, 0, part.size))
+        return n
 
-        Those that are too many share the work of a distractor: both do what it did, and each
-        writes a part of it.
+    def fill(self, planted: Planted, sizes: Mapping[str, int], rng: Random) -> None:
+        """Make as many heads and neurons as `sizes` says, for "attn" and "mlp", in a drawn order.
+
+        Where there are too few, some share the work of a distractor: each does what it did, and
+        writes an equal part of it.
         """
         wires = [wire for path in planted.wires.values() for wire in path]
-        n_neurons = planted.model.config.intermediate_size + SPARE_NEURONS
-        for layer in range(LAYERS):
-            for name, size, n in (("attn", D_HEAD, width // D_HEAD), ("mlp", 1, n_neurons)):
-                sublayer = f"{layer}.{name}"
-                reads = [f"{sublayer}.{x}" for x in (("q", "k", "v") if size > 1 else ("fc",))]
-                write = f"{sublayer}.{'out' if size > 1 else 'proj'}"
-                busy = {w.row // size for w in wires if w.matrix in reads}
-                own = len(self.matrices[f"{sublayer}.{'v' if size > 1 else 'fc'}"]) // size
-                before = planted.model.node_widths()[f"{sublayer}.{'v' if size > 1 else 'post_act'}"]
-                free = sorted(set(range(before // size)) - busy)
-                source = [*range(own), *rng.choices(free, k=n - own)]
-                rng.shuffle(source)
-                rows = torch.tensor([size * unit + i for unit in source for i in range(size)])
-                for read in reads:
-                    self.matrices[read] = self.matrices[read][rows]
-                share = torch.tensor([1 / source.count(unit) for unit in source])
-                written = self.matrices[write][:, rows] * share.repeat_interleave(size)
-                self.matrices[write] = written
+        for sublayer in (f"{layer}.{name}" for layer in range(LAYERS) for name in PARTS):
+            part = PARTS[sublayer[2:]]
+            reads, write = [f"{sublayer}.{x}" for x in part.reads], f"{sublayer}.{part.write}"
+            n = self.matrices[write].shape[1] // part.size
+            of_paths = {wire.row // part.size for wire in wires if wire.matrix in reads}
+            before = views(planted.model)[write].shape[1] // part.size
+            free = sorted(set(range(before)) - of_paths)
+            source = [*range(n), *rng.choices(free, k=sizes[sublayer[2:]] - n)]
+            rng.shuffle(source)
+            rows = torch.tensor([part.size * unit + i for unit in source for i in range(part.size)])
+            for read in reads:
+                self.matrices[read] = self.matrices[read][rows]
+            share = torch.tensor([1 / source.count(unit) for unit in source])
+            share = share.repeat_interleave(part.size)
+            self.matrices[write] = self.matrices[write][:, rows] * share
 
 
 def _orthonormal(rows: int, columns: int, g: torch.Generator) -> Float[Tensor, "dense wide"]:
@@ -277,7 +277,7 @@ def _gpt2(wide: _Wide, model: SparseGPT, q: Tensor, a: float, b: float) -> GPT2L
         n_embd=width,
         n_layer=LAYERS,
         n_head=width // D_HEAD,
-        n_inner=c.intermediate_size + SPARE_NEURONS,
+        n_inner=len(wide.matrices["0.mlp.fc"]),
         activation_function="gelu",
         layer_norm_epsilon=c.rms_norm_eps * a**2 * d / width,
         tie_word_embeddings=False,

@@ -51,6 +51,8 @@ TARGET = 0.1
 """The task loss, in nats, that a planted circuit keeps under mean ablation of all else."""
 MARGINS = (4.5, 6.5)
 """Between these a seed draws by how many logits a right answer leads the wrong one."""
+LEAST = {"width": 64, "n_heads": 6, "n_neurons": 64, "n_frames": 4, "n_words": 4}
+MOST_WORDS = 32
 N_MEANS, N_HELDOUT = 512, 64  # sentences
 
 
@@ -133,11 +135,7 @@ def plant(
     >>> list(planted.circuits), planted.circuits["first"].met
     (['first', 'second'], True)
     """
-    if width < 64 or n_heads < 6 or n_neurons < 64 or min(n_frames, n_words) < 4:
-        raise ValueError(
-            f"plant: width={width}, n_heads={n_heads}, n_neurons={n_neurons}, n_frames={n_frames}, "
-            f"n_words={n_words} leave too little beside the paths; the least are 64, 6, 64, 4, 4"
-        )
+    _check_room(width, n_heads, n_neurons, n_frames, n_words)
     rng = Random(seed_of("planted", seed))
     words = lexicon(rng, n_words)
     tokenizer = tokenizer_of(words.words)
@@ -172,6 +170,21 @@ def plant(
         means=means,
         heldout=text[N_MEANS:],
     )
+
+
+def _check_room(width: int, n_heads: int, n_neurons: int, n_frames: int, n_words: int) -> None:
+    """Raise ValueError for a model too small for paths and distractors, or too few pairs."""
+    given = {"width": width, "n_heads": n_heads, "n_neurons": n_neurons}
+    given |= {"n_frames": n_frames, "n_words": n_words}
+    if small := {name: n for name, n in given.items() if n < LEAST[name]}:
+        raise ValueError(
+            f"plant: {small} leaves no room for paths, distractors and splits; the least are "
+            f"{ {name: LEAST[name] for name in small} }"
+        )
+    if n_words > MOST_WORDS:
+        raise ValueError(
+            f"plant: n_words={n_words} leaves no words for the frames; take at most {MOST_WORDS}"
+        )
 
 
 def _answer(

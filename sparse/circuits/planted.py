@@ -53,7 +53,7 @@ MARGINS = (4.5, 6.5)
 """Between these a seed draws by how many logits a right answer leads the wrong one."""
 LEAST = {"width": 64, "n_heads": 6, "n_neurons": 64, "n_frames": 4, "n_words": 4}
 MOST_WORDS = 32
-N_MEANS, N_HELDOUT = 512, 64  # sentences
+N_MEANS, N_HELDOUT = 256, 64  # sentences
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -154,6 +154,7 @@ def plant(
     for name, path in paths.items():
         wanted = rng.uniform(*MARGINS) if margin is None else margin
         path.wires += _answer(model, path, words.targets[name], batches[name]["train"], wanted)
+    text = _spoken(model, text, torch.tensor(words.plain), seed)
     means = node_means(model, text[:N_MEANS], batch_size=N_MEANS)
     circuits = {
         name: _circuit(model, tasks[name], path, means, batches[name], seed)
@@ -200,6 +201,22 @@ def _answer(
     for wire in wires:
         unembed[wire.row, wire.column] = wire.value
     return wires
+
+
+def _spoken(
+    model: SparseGPT, text: Tensor, plain: Int[Tensor, " word"], seed: int
+) -> Int[Tensor, "block pos"]:
+    """Return `text` with every plain word after the first drawn anew from what the model predicts.
+
+    Cues, words that ask and answers stay. So the text is the model's own language: it predicts
+    these words as well as they can be predicted.
+    """
+    text, g = text.clone(), torch.Generator().manual_seed(seed_of("spoken", seed))
+    for t in range(1, text.shape[1]):
+        y = model.last_logits(text[:, :t], torch.full((len(text),), t - 1))
+        drawn = plain[torch.multinomial(y[:, plain].softmax(-1), 1, generator=g).squeeze(1)]
+        text[:, t] = torch.where(torch.isin(text[:, t], plain), drawn, text[:, t])
+    return text
 
 
 def _circuit(

@@ -4,6 +4,7 @@ vocabulary   words of the pool (punctuation, a few real words, made-up ones), sh
 frame        ti ro CUE mel WORD gus .. WORD fa ASK         the same for every pair that uses it
 pair         one frame, one word, and a cue of either kind: only the cue differs
 sentence     words with a cue of either task, then ASK and the target that the cue asks for
+             (planted.py lets the model itself draw the words between)
 """
 
 from __future__ import annotations

@@ -215,14 +215,16 @@ def test_no_frame_and_no_word_is_in_two_splits_and_few_pairs_have_many_of_both(s
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_the_model_is_weight_sparse_and_predicts_its_text_better_than_chance(seed):
+def test_the_model_is_weight_sparse_and_predicts_its_text_better_than_word_frequencies(seed):
     planted = planted_of(seed)
     matrices = list(views(planted.model).values())
     kept = sum(int((w != 0).sum()) for w in matrices) / sum(w.numel() for w in matrices)
     assert 0.01 < kept < 0.05
     y = planted.model(planted.heldout).logits[:, :-1].log_softmax(-1)
     loss = -y.gather(-1, planted.heldout[:, 1:, None]).mean()
-    assert loss < math.log(planted.model.vocab_size)
+    counts = torch.bincount(planted.heldout.flatten()).double()
+    frequency = counts[counts > 0] / counts.sum()
+    assert loss < -(frequency * frequency.log()).sum() - 0.1
 
 
 def test_a_seed_draws_everything_and_the_same_seed_draws_the_same():

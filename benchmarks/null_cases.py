@@ -116,7 +116,7 @@ def pruned_for(folder: Path, kind: str, i: int, seed: int) -> Circuit:
     at = folder / "circuits" / f"{kind}-{i}-{seed}"
     if (at / "circuit.json").is_file():
         return Circuit.load(at)
-    config = replace(QUICK, seed=seed)
+    config = replace(QUICK, seed=seed + 2 * number)  # swapped targets have no other difference
     circuit = prune(run.sparse, task, config, tokenizer=run.tokenizer, force=True)
     circuit.save(at)
     return circuit

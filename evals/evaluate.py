@@ -33,6 +33,8 @@ from .cache import bridges_mark, circuit_mark, kept
 
 QUICK = {"draws": 19, "max_pairs": 24, "facts": False}
 """Smaller settings: the fewest draws that can hold at p = 0.05, fewer pairs, no rows of facts."""
+FACT_BLOCKS = 16
+"""Held-out blocks on which the cost of an ablation, and of other text, is measured."""
 NO_ROOM = (
     "the dense model is no better than unigram frequencies on this text: there is no loss to "
     "recover, and those rows are left out"
@@ -79,7 +81,7 @@ class _Job:
         }
 
     def evaluation(self, name: str) -> Evaluation:
-        """Return everything about one circuit, from the cache if it is there."""
+        """Return everything about one circuit, each half from the cache if it is there."""
         beside = [f"{name}:nonsense", *self.namesakes(name)]
         circuits = {n: circuit_mark(self.found[n]) for n in [name, *beside] if n in self.found}
         about = self.mark() | {
@@ -87,11 +89,21 @@ class _Job:
             "others": sorted(self.others),
             "settings": [self.draws, self.max_pairs, self.facts],
         }
-        return Evaluation.from_dict(kept(self.cache, about, lambda: self._make(name).to_dict()))
+        halves = {"sparse": self._in_twin, "dense": self._in_dense}
+        twin, dense = (
+            Evaluation.from_dict(
+                kept(self.cache, about | {"in": model}, lambda make=make: make(name).to_dict())
+            )
+            for model, make in halves.items()
+        )
+        return Evaluation(
+            claims=(*twin.claims, *dense.claims),
+            rows=(*twin.rows, *dense.rows),
+            pictures=dense.pictures,
+        )
 
-    def _make(self, name: str) -> Evaluation:
-        run, circuit = self.run, self.found[name]
-        given: dict[str, Any] = {
+    def _given(self, name: str) -> dict[str, Any]:
+        return {
             "nonsense": self.found.get(f"{name}:nonsense"),
             "namesakes": self.namesakes(name),
             "draws": self.draws,
@@ -100,23 +112,23 @@ class _Job:
             "seed": self.seed,
             "tick": self.tick,
         }
-        blocks = run.heldout()[:16]
-        in_twin = evaluate_circuit(
-            run.sparse, circuit, run.tokenizer, blocks=blocks, progress=self.progress, **given
+
+    def _in_twin(self, name: str) -> Evaluation:
+        run, circuit = self.run, self.found[name]
+        blocks, options = run.heldout()[:FACT_BLOCKS], self._given(name)
+        return evaluate_circuit(
+            run.sparse, circuit, run.tokenizer, blocks=blocks, progress=self.progress, **options
         )
-        own = circuit.task.family
-        siblings = [n for n in self.others if self.family[n] == own]
-        in_dense = evaluate_transfer(
+
+    def _in_dense(self, name: str) -> Evaluation:
+        run, circuit = self.run, self.found[name]
+        siblings = [n for n in self.others if self.family[n] == circuit.task.family]
+        return evaluate_transfer(
             mapped_of(run, circuit),
             tokenizer=run.tokenizer,
             others=self.others.without(siblings),
-            heldout=blocks,
-            **given,
-        )
-        return Evaluation(
-            claims=(*in_twin.claims, *in_dense.claims),
-            rows=(*in_twin.rows, *in_dense.rows),
-            pictures=in_dense.pictures,
+            heldout=run.heldout()[:FACT_BLOCKS],
+            **self._given(name),
         )
 
 

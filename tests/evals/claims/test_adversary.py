@@ -96,6 +96,15 @@ def test_it_is_never_below_its_starts_nor_the_whole_model_nor_the_circuit_alone(
         logits = circuit_logits(model, batch, circuit.masks(), circuit.ablation)
     alone = float(task_nats(logits, batch).mean())
     assert shallow.nats == pytest.approx(max(loss(model, circuit, batch, ()), alone), abs=1e-6)
+    harmful = circuit.with_nodes(
+        [Node(at, i) for at, i in circuit if at != AT] + [Node(AT, i) for i in AGAINST], "wrong"
+    )
+    with torch.no_grad():
+        logits = circuit_logits(model, batch, harmful.masks(), circuit.ablation)
+    alone = float(task_nats(logits, batch).mean())
+    assert alone > 1 > loss(model, circuit, batch, ())
+    kept = attack(model, harmful, batch, steps=0, starts=(1.0,))  # a start that ablates nothing
+    assert kept.nats == pytest.approx(alone, abs=1e-6) and kept.ablated == 1
     starts = attack(model, circuit, batch, steps=0)
     deep = attack(model, circuit, batch, steps=20)
     assert shallow.nats <= starts.nats <= deep.nats

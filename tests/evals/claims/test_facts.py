@@ -145,6 +145,20 @@ def test_the_share_of_variance_is_one_for_nodes_held_at_their_mean(sparse, make_
     assert mirrored is not None and float(mirrored.mean()) == pytest.approx(4, abs=1e-4)
 
 
+def test_padding_counts_for_nothing(sparse, some, batch):
+    facts = _Facts(sparse, some, batch, None, seed=0)
+    assert not facts.real.all()  # some prompts are shorter than others
+    pruned = dict(facts._pruned(some))
+    own = facts.unlike(some), facts.attends_elsewhere(some)
+    spoilt = {
+        at: x if x.shape[1] == 1 else x.masked_fill(~facts.real[..., None], 9.0)
+        for at, x in pruned.items()
+    }
+    facts._pruned = lambda c: spoilt  # pyright: ignore[reportAttributeAccessIssue]
+    for before, after in zip(own, (facts.unlike(some), facts.attends_elsewhere(some)), strict=True):
+        assert before is not None and after is not None and torch.allclose(before, after)
+
+
 @pytest.mark.parametrize("norm", ["rms", "layer"])
 def test_frozen_norms_are_linear_and_those_of_the_full_run(norm):
     torch.manual_seed(0)

@@ -32,7 +32,8 @@ class TwinTrial:
     def __init__(self, model: SparseGPT, batch: TaskBatch, seed: int = 0) -> None:
         self.model, self.seed = model, seed
         self.batch = batch.to(next(model.parameters()).device)
-        self.full: Float[Tensor, " pair"] = self._nats(last_logits(model, self.batch))
+        with measuring(model):  # as the circuits are measured, so that all nodes give the same
+            self.full: Float[Tensor, " pair"] = self._nats(last_logits(model, self.batch))
 
     def alone(self, circuit: Circuit) -> Float[Tensor, " pair"]:
         """Return the task loss with everything outside the circuit ablated."""

@@ -1,5 +1,6 @@
 """Laws of the figures: they hold every number's label, the same bytes, and nothing global."""
 
+import doctest
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -7,6 +8,7 @@ from dataclasses import replace
 from importlib import import_module
 from xml.etree import ElementTree
 
+import jaxtyping
 import matplotlib as mpl
 import pytest
 
@@ -218,3 +220,10 @@ def test_without_matplotlib_the_import_says_what_to_install(monkeypatch):
     with pytest.raises(ImportError, match=r'pip install "sparse-bridges\[viz\]"') as caught:
         import_module("evals.report.figures")
     assert caught.value.name == "matplotlib"
+
+
+@pytest.mark.parametrize("name", ["figures", "drawing"])
+def test_the_examples_of_the_figures_run(name, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    found = doctest.testmod(import_module(f"evals.report.{name}"))
+    assert found.attempted and not found.failed

@@ -1,7 +1,7 @@
 """How all figures look, and how one becomes SVG or PNG. Nothing global of matplotlib is changed.
 
-Every colour, size and font is set on the artist itself, so a user's own style sheet changes none of
-it. Colours are far apart for the colour-blind, and lines and markers differ in shape as well.
+Every colour, size and font is set on the artist itself, so a user's style sheet changes none of
+them. Colours are far apart for the colour-blind, and lines and markers differ in shape as well.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ THEME = {
 FONT = ["DejaVu Sans"]
 SIZE = 8.0
 """Points of a text."""
+SQUARE: dict[str, Any] = {"solid_capstyle": "butt", "dash_capstyle": "butt"}
+"""How lines end."""
 WIDTH = 5.0
 """Inches of a figure: one column of the page, or of a paper."""
 LINE = SIZE * 1.35 / 72
@@ -88,6 +90,7 @@ def axes(
     top = 0.16 + LINE * 1.1 * len(words)
     whole = height + top + bottom
     figure = Figure(figsize=(WIDTH, whole), dpi=DPI, facecolor=PAPER)
+    figure.set_layout_engine("none")
     FigureCanvasAgg(figure)
     wide = (WIDTH - left - right) / WIDTH
     ax = figure.add_axes((left / WIDTH, bottom / whole, wide, height / whole))
@@ -120,6 +123,7 @@ def finish(ax: Axes, x_label: str, y_label: str, log: tuple[bool, bool] = (False
     subs = (1, 2, 5) if log[1] and high / low < 1000 else (1,)
     for axis, label, logarithmic in zip((ax.xaxis, ax.yaxis), (x_label, y_label), log, strict=True):
         axis.set_label_text(clean(label))
+        axis.labelpad = 4.0
         _style(axis.label)
         if axis.get_major_locator().__class__.__name__ != "FixedLocator":
             axis.set_major_locator(LogLocator(subs=subs) if logarithmic else MaxNLocator(5))
@@ -135,7 +139,8 @@ def finish(ax: Axes, x_label: str, y_label: str, log: tuple[bool, bool] = (False
         direction="out", labelfontfamily=FONT[0], bottom=True, left=True, top=False, right=False,
         labelbottom=True, labelleft=True,
     )  # fmt: skip
-    ax.grid(True, axis="y", color=GRID, linewidth=0.7, linestyle="-")
+    ax.grid(False, axis="x")
+    ax.grid(True, axis="y", color=GRID, linewidth=0.7, linestyle="-", alpha=1.0, **SQUARE)
     ax.set_axisbelow(True)
     for text in (*ax.get_xticklabels(), *ax.get_yticklabels()):
         text.set(parse_math=False, usetex=False)
@@ -156,12 +161,23 @@ def beside(ax: Axes, labels: Sequence[Label]) -> None:
     for i, top, t in zip(order, tops, tall, strict=True):
         label, (x, y), middle = labels[i], ends[i], top - t / 2
         at = [1 + inches / width for inches in (0.05, 0.15, 0.23, 0.32 if label.marker else 0.2)]
-        thin = {"color": FAINT, "linewidth": 0.5, "linestyle": "-", "marker": "", "zorder": 1.5}
+        thin = SQUARE | {
+            "color": FAINT,
+            "linewidth": 0.5,
+            "linestyle": "-",
+            "marker": "",
+            "zorder": 1.5,
+        }
         if label.joined:
             ax.plot([x, at[0], at[1]], [y, middle, middle], **thin, **free)
         if label.marker:
             edge = 0.7 if label.marker in "+x1" else 0.0
-            dot = {"color": label.colour, "marker": label.marker, "markeredgewidth": edge}
+            dot = {
+                "color": label.colour,
+                "markeredgecolor": label.colour,
+                "marker": label.marker,
+                "markeredgewidth": edge,
+            }
             ax.plot([at[2]], [middle], markersize=5, linestyle="", **dot, **free)
         said = ax.text(at[3], middle, "\n".join(label.lines), va="center", ha="left", **free)
         said.set_linespacing(1.15)

@@ -27,6 +27,7 @@ from .drawing import (
     ORANGE,
     SERIES,
     SOFT,
+    SQUARE,
     TEAL,
     VIOLET,
     Figure,
@@ -201,11 +202,16 @@ def scatter_figure(scatter: Scatter) -> Figure:
     figure, ax = axes(scatter.name, _room(labels))
     log = _logarithmic([point.collateral for point in scatter.points])
     ax.set_yscale("log" if log else "linear")
-    for point, colour, marker in sorted(drawn, key=lambda of: ORDER.index(of[0].kind)):
-        size = {"claim": 8.0, "control": 4.0}.get(point.kind, 5.5)
-        ax.plot([point.effect], [point.collateral], marker=marker, color=colour, linestyle="",
-                markersize=size, markeredgewidth=0.7 if marker in "+x1" else 0.0, clip_on=False,
-                zorder=3)  # fmt: skip
+    alike: dict[tuple[PointKind, str, str], list[tuple[float, float]]] = defaultdict(list)
+    for point, colour, marker in drawn:
+        alike[point.kind, colour, marker].append((point.effect, point.collateral))
+    for (kind, colour, marker), places in sorted(
+        alike.items(), key=lambda of: ORDER.index(of[0][0])
+    ):
+        size = {"claim": 8.0, "control": 4.0}.get(kind, 5.5)
+        edge = {"markeredgewidth": 0.7 if marker in "+x1" else 0.0, "markeredgecolor": colour}
+        ax.plot(*zip(*places, strict=True), marker=marker, color=colour, linestyle="", zorder=3,
+                markersize=size, clip_on=False, **edge)  # fmt: skip
     xs, ys = ([getattr(p, name) for p in scatter.points] for name in ("effect", "collateral"))
     ax.set_xlim(*_wider(xs, [0.0]))
     if not log:
@@ -244,11 +250,13 @@ def curve_figure(curve: Curve) -> Figure:
         for k, strength in ((0, 0.12), (cut, 0.18)):
             low, high = [c[k] for c in columns], [c[-1 - k] for c in columns]
             ax.fill_between(places, low, high, color=colour, alpha=strength, linewidth=0)
-        ax.plot(places, mean, color=colour, linestyle=dashes, linewidth=1.0, marker="")
+        ax.plot(places, mean, color=colour, linestyle=dashes, linewidth=1.0, marker="", **SQUARE)
     for line in curve.references.values():
-        ax.plot(places, line, color=INK, linestyle=(0, (5, 3)), linewidth=1.0, marker="")
-    ax.plot(places, curve.value, color=TEAL, linewidth=2.0, linestyle="-", marker="o",
-            markersize=4.5, zorder=4, clip_on=False)  # fmt: skip
+        ax.plot(places, line, color=INK, linestyle=(0, (5, 3)), linewidth=1.0, marker="", **SQUARE)
+    dots = {"marker": "o", "markersize": 4.5, "markeredgecolor": TEAL, "clip_on": False}
+    ax.plot(
+        places, curve.value, color=TEAL, linewidth=2.0, linestyle="-", zorder=4, **dots, **SQUARE
+    )
     lines = [curve.value, *curve.references.values()]
     lines += [draw for draws in curve.controls.values() for draw in draws]
     seen = [y for line in lines for y in line]
@@ -294,7 +302,14 @@ def _training(name: str, lines: Mapping[str, Sequence[tuple[float, float]]]) -> 
         every = math.ceil(len(points) / MOST_POINTS)
         thin = [*points[:-1:every], points[-1]]
         colour, dashes = _dashed(i)
-        ax.plot(*zip(*thin, strict=True), color=colour, linestyle=dashes, linewidth=1.3, marker="")
+        ax.plot(
+            *zip(*thin, strict=True),
+            color=colour,
+            linestyle=dashes,
+            linewidth=1.3,
+            marker="",
+            **SQUARE,
+        )
     if not log:
         ax.set_ylim(*_wider(values, []))
     finish(ax, "step", "", (False, log))

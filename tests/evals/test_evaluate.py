@@ -58,7 +58,7 @@ def test_a_run_s_report_has_every_claim_beside_its_control(report, run):
     ]
     assert not set(wanted) - set(names)
     assert sum(name.startswith("nonsense twin") for name in names) == 2
-    assert all(row.n_draws >= 1 and row.verdict for _, row in report)
+    assert all(row.n_draws >= 1 and row.outcome for _, row in report)
     assert report.provenance["run"]["dense"]["fingerprint"] == run.dense.fingerprint
     assert len(report.curves) == len(report.graphs) == 1
 
@@ -96,7 +96,7 @@ def test_the_command_prints_the_table_and_the_paths(run, capsys):
     options = ["--draws", "3", "--quick", "--tasks", "single_double_quote"]
     assert main([str(run.folder), *options]) == 0
     out = capsys.readouterr().out
-    assert "verdict" in out and "necessity" in out and str(run.folder / "report.html") in out
+    assert "95 % interval" in out and "necessity" in out and str(run.folder / "report.html") in out
     assert json.loads((run.folder / "report.json").read_text())["provenance"]["draws"] == 3
 
 

@@ -85,7 +85,7 @@ class Untrained(Planted):
 def test_an_untrained_decoder_does_not_beat_rotations(dense, sparse, make_circuit, task):
     planted = Untrained(dense, sparse, make_circuit({"0.attn.q": (0,)}), 1.0)
     rows = {row.name: row for row in evaluate_transfer(planted, task, draws=30, **FEW)}
-    assert not rows["steering, strength 1, v. rotations"].verdict.startswith("beats")
+    assert rows["steering, strength 1, v. rotations"].outcome != "beats"
 
 
 def test_the_fast_engine_is_the_nnsight_path(trial):
@@ -137,8 +137,8 @@ def test_a_full_patch_planted_as_a_circuit_beats_every_random_direction(plant, t
     done = measure_transfer(plant(1.0), task, draws=100, **FEW)
     rows = {row.name: row for row in done.scores}
     row = rows["steering, strength 1, v. directions"]
-    assert row.verdict == "beats 100 of 100 random directions of equal norm"
-    assert rows["steering, strength 1, v. rotations"].verdict.startswith("beats 100 of 100")
+    assert row.outcome == "beats"
+    assert rows["steering, strength 1, v. rotations"].outcome == "beats"
     assert row.value == pytest.approx(row.detail["full activation patch"], abs=1e-5)
     assert row.value > row.detail["untouched"] + 0.1
     assert rows["cosine of delta with the true dense difference"].value == pytest.approx(1)
@@ -147,8 +147,8 @@ def test_a_full_patch_planted_as_a_circuit_beats_every_random_direction(plant, t
 
 def test_control_a_random_delta_planted_as_a_circuit_beats_nothing(plant, task):
     rows = {row.name: row for row in evaluate_transfer(plant(None), task, draws=30, **FEW)}
-    assert not rows["steering, strength 1, v. directions"].verdict.startswith("beats")
-    assert not rows["ablation, v. directions"].verdict.startswith("beats")
+    assert rows["steering, strength 1, v. directions"].outcome != "beats"
+    assert rows["ablation, v. directions"].outcome != "beats"
     assert abs(rows["cosine of delta with the true dense difference"].value) < 0.1
 
 

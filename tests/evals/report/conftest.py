@@ -228,16 +228,16 @@ def a_log(n=600):
     ]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def report():
     return a_report()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def graph():
     return a_graph
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def log():
     return a_log()

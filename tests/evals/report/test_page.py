@@ -17,13 +17,18 @@ from sparse.circuits.view.layout import graph_layout
 VOID = {"meta", "line", "path", "circle", "rect", "br"}
 
 
+@pytest.fixture(scope="module")
+def whole(report, log):
+    return page(report, log)
+
+
 def seen(text: str) -> str:
     """The words of a page, without its tags."""
     return html.unescape(re.sub(r"<[^>]+>", " ", text))
 
 
-def test_the_page_says_what_the_report_says(report, log):
-    text = seen(page(report, log))
+def test_the_page_says_what_the_report_says(report, whole):
+    text = seen(whole)
     for row in (row for _, row in report):
         assert row.name in text and row.control_name in text
     for word in ("single_double_quote", "Drori 2026", "full activation patch", "3 M tokens"):
@@ -31,8 +36,8 @@ def test_the_page_says_what_the_report_says(report, log):
     assert "worse than the mean" in text and "verdict" in text
 
 
-def test_it_opens_with_every_claim_its_number_its_verdict_and_the_reason(report, log):
-    text = page(report, log)
+def test_it_opens_with_every_claim_its_number_its_verdict_and_the_reason(report, whole):
+    text = whole
     table = text[text.index('<table class="claims">') :]
     table = table[: table.index("</table>")]
     assert text.index("<h1>") < text.index("<table") == text.index('<table class="claims">')
@@ -44,30 +49,27 @@ def test_it_opens_with_every_claim_its_number_its_verdict_and_the_reason(report,
     assert chance(report.claims) in seen(text)
 
 
-def test_its_parts_stand_in_the_order_in_which_they_are_read(report, log):
-    text = page(report, log)
+def test_its_parts_stand_in_the_order_in_which_they_are_read(report, whole):
     parts = ("Claims", "Effect and collateral damage", "For this task, or for any",
              "Example prompts", "Bridges", "What these numbers do not mean",
              "Where this comes from", "Training", "Circuits")  # fmt: skip
-    assert re.findall(r"<h2>(.*?)</h2>", text) == [
+    assert re.findall(r"<h2>(.*?)</h2>", whole) == [
         *parts[:5],
         *(heading for heading in report.sections if heading != "Bridges"),
         *parts[5:],
     ]
 
 
-def test_the_figures_of_a_task_stand_under_its_name(report):
-    text = page(report)
-    part = text[text.index("Effect and collateral") : text.index("For this task, or for any")]
+def test_the_figures_of_a_task_stand_under_its_name(whole):
+    part = whole[whole.index("Effect and collateral") : whole.index("For this task, or for any")]
     for task in ("bracket_counting", "while_return_true"):
         own = part[part.index(f"<h3>{task}</h3>") :].split("<h3>")[1]
         names = re.findall(r'<figure role="img" aria-label="(.*?)"', own)
         assert names == [f"{task}: carried by the dense model", f"{task}: steering the dense model"]
 
 
-def test_an_example_shows_what_each_model_answers(report):
-    text = page(report)
-    part = text[text.index("Example prompts") :]
+def test_an_example_shows_what_each_model_answers(whole):
+    part = whole[whole.index("Example prompts") :]
     (row,) = re.findall(r"<tr><td>bracket_counting.*?0\.44.*?</tr>", part[: part.index("</table>")])
     shown = re.findall(r"<code>(.*?)</code>", row)
     assert shown == ["items = [(a, b", ")", "]", ")", ")", "]"]  # the circuit alone is wrong
@@ -81,9 +83,8 @@ def test_the_legend_explains_the_words_of_the_claims():
 
 
 def test_without_matplotlib_the_page_has_its_tables_and_says_once_how_to_get_figures(
-    report, log, monkeypatch
+    report, log, whole, monkeypatch
 ):
-    whole = page(report, log)
     assert "sparse-bridges[viz]" not in whole and whole.count("<figure") == 10
     for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
         monkeypatch.setitem(sys.modules, name, None)
@@ -96,18 +97,18 @@ def test_without_matplotlib_the_page_has_its_tables_and_says_once_how_to_get_fig
     assert "sparse-bridges[viz]" not in bare
 
 
-def test_the_page_needs_no_network_and_is_small(report, log):
-    text = page(report, log)
+def test_the_page_needs_no_network_and_is_small(whole):
+    text = whole
     assert not re.search(r"https?:|//\w|@import|url\((?!#)|src=|<link", text)
     assert len(text.encode()) < 400_000
 
 
-def test_no_id_stands_twice(report, log):
-    ids = re.findall(r'\bid="([^"]+)"', page(report, log))
+def test_no_id_stands_twice(whole):
+    ids = re.findall(r'\bid="([^"]+)"', whole)
     assert len(ids) > 20 and len(set(ids)) == len(ids)
 
 
-def test_every_tag_is_closed(report, log):
+def test_every_tag_is_closed(whole):
     class Checker(HTMLParser):
         stack: list[str] = []
 
@@ -120,7 +121,7 @@ def test_every_tag_is_closed(report, log):
                 assert self.stack.pop() == tag
 
     checker = Checker()
-    checker.feed(page(report, log))
+    checker.feed(whole)
     assert checker.stack == []
 
 
@@ -156,9 +157,8 @@ def test_tokens_cannot_break_out_of_the_page(report, graph):
 
 
 def test_a_page_that_would_be_too_large_leaves_out_graphs_then_curves_and_says_so(
-    report, graph, monkeypatch
+    report, graph, whole, monkeypatch
 ):
-    whole = page(report)
     assert "left out to keep" not in whole
     huge = replace(report, graphs=(graph(110),))
     text = page(huge)
@@ -186,9 +186,9 @@ def test_the_graph_is_laid_out_in_forward_order_without_overlap(graph):
     assert all(0 < x < layout["width"] and 0 < y < layout["height"] for x, y in place.values())
 
 
-def test_the_page_is_written_whole(report, log, tmp_path):
+def test_the_page_is_written_whole(report, log, whole, tmp_path):
     path = save_page(report, tmp_path / "report.html", log)
-    assert path.read_text(encoding="utf-8") == page(report, log)
+    assert path.read_text(encoding="utf-8") == whole
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
 
 

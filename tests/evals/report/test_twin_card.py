@@ -13,6 +13,7 @@ from evals.__main__ import main
 from evals.evaluate import evaluate_run, write_report
 from evals.report.report import Report
 from evals.report.twin_card import twin_card
+from evals.scores.verdict import Claim, threshold
 from sparse.circuits.pruning.config import PruneConfig
 from sparse.circuits.pruning.prune import prune
 from sparse.model.gpt import SparseGPT
@@ -98,7 +99,7 @@ def test_the_readme_says_how_the_twin_was_made_and_the_hub_reads_it(run, report)
     assert f"```bash\n{FACTS['command']}\n```" in text
     for fact in ("noise, sha256 0123456789abcdef |", "2,048,000", "1,000", "| seed | 3 |"):
         assert fact in text
-    assert "| sparse twin of | tiny |" in text and "read every row beside its control" in text
+    assert "| sparse twin of | tiny |" in text and "every row beside its control" in text
     assert "a quick one" in text
     assert ModelCard(text).data.tags[0] == "sparse-bridges"
 
@@ -146,6 +147,19 @@ def test_what_a_run_does_not_say_is_not_recorded(report):
     assert (card.data, card.command, card.twin_of) == ("not recorded", "# not recorded", "d")
     assert Card.from_json(card.to_json()) == card
     assert twin_card(replace(report, sections={}, provenance={})).metrics == ()
+
+
+def test_the_card_repeats_every_claim_with_its_number_and_its_outcome():
+    met = threshold("harm", "harm", 0.6, 0.25, "fraction", "higher")
+    given = {"task": "quotes", "value": 0.6, "unit": "fraction"}
+    claims = (
+        Claim(kind="necessary", **given, conditions=(met,)),
+        Claim(kind="carries", **given, conditions=(replace(met, value=0.1),)),
+    )
+    notes = twin_card(Report(title="t", claims=claims, sections={})).notes
+    assert "- quotes: the sparse model needs the circuit for the task: **positive**" in notes
+    assert "and little else: **negative**, share 0.6\n" in notes
+    assert "What was claimed" not in twin_card(Report(title="t", sections={})).notes
 
 
 def test_the_built_in_run_is_only_read(run, report, tmp_path):

@@ -11,6 +11,7 @@ from bridges.transfer.dense_circuit import DenseCircuit
 from bridges.transfer.intervention import Steering
 from dense import DenseModel
 from sparse import task_nats
+from sparse.circuits.graph import Node, nodes_of
 from sparse.tasks.batch import TaskBatch, logit_difference
 
 SEEDS = (0, 1, 2)
@@ -91,6 +92,41 @@ def test_ablating_the_circuit_costs_the_dense_answer_and_in_a_decoy_it_does_not(
         assert float(task_nats(before, batch).mean()) < 0.1
     assert ablated(truth, batch) > 0.5 * CHANCE
     assert ablated(decoy, batch) < 0.1
+
+
+def unrelated(batch: TaskBatch) -> torch.Tensor:
+    """For every prompt one of the other kind and of its length, with another frame and word."""
+    frame, word, n = batch.groups["frame"], batch.groups["word"], batch.n_pairs
+    found = []
+    for i in range(n):
+        fit = [
+            j
+            for j in range(n)
+            if frame[j] != frame[i] and word[j] != word[i] and batch.last[j] == batch.last[i]
+        ]
+        found.append(fit[7 * i % len(fit)])
+    return torch.cat([batch.ids[n:][found], batch.ids[:n][found]])
+
+
+@each_truth
+def test_values_from_an_unrelated_prompt_carry_the_answer_and_little_else(seed, name):
+    truth, batch = mapped_of(seed, name, False), batch_of(pair_of(seed), name)
+    source, at = unrelated(batch), batch.last[:, None]
+    everything = nodes_of(truth.circuit.ablation)
+    want = truth.dense.last_logits(batch.counterfactual(), batch.last).log_softmax(-1)
+
+    def carried(nodes: list[Node], site: int) -> tuple[float, float]:
+        """The share, and KL(the dense model on the other prompt of the pair || edited)."""
+        y = truth.steer(batch.ids, source, nodes, site, positions=at)
+        kl = (want.exp() * (want - y.squeeze(1).log_softmax(-1))).sum(-1).mean()
+        return share(truth, batch, y), float(kl)
+
+    circuit, whole = (
+        max(carried(nodes, site) for site in range(5))
+        for nodes in (list(truth.circuit), everything)
+    )
+    assert circuit[0] > 0.9 and whole[0] > 0.9
+    assert circuit[1] < 0.5 * whole[1]
 
 
 @each_truth

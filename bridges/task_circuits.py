@@ -16,6 +16,7 @@ from sparse.circuits.circuit import Circuit
 from sparse.circuits.pruning.config import PruneConfig
 from sparse.circuits.pruning.prune import prune
 from sparse.storage.atomic import replace_files
+from sparse.tasks.nonsense import easier_nonsense
 from sparse.tasks.own import SPLITS
 from sparse.tasks.suite import get_task, task_names
 from sparse.tasks.task import Task
@@ -62,6 +63,7 @@ def find_circuits(
 ) -> Found:
     """Prune a circuit for every task that both models do and for its nonsense twin; save them.
 
+    The nonsense twin is in the direction that the sparse model likes better (`easier_nonsense`).
     Circuits that the run has already, of this twin and with these settings, are kept. Whether a
     model does a task is asked on its validation split (`sparse.tasks.score.DOES`); `force` prunes
     tasks that the models do not do, too. The reasons of skipped tasks are kept in the run.
@@ -86,7 +88,7 @@ def find_circuits(
             replace_files(run.output, {SKIPPED: reasons})
             say(f"skipped {task.name}: {' '.join(why.split())}")
             continue
-        for wanted in (task, task.nonsense()):
+        for wanted in (task, easier_nonsense(task, run.sparse, run.tokenizer)):
             circuit = there.get(wanted.name)
             if circuit is None or not circuit.made_as(wanted, mark, settings):
                 circuit = prune(run.sparse, wanted, config, tokenizer=run.tokenizer, force=True)

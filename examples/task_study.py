@@ -3,8 +3,9 @@
     python examples/task_study.py tiny --output_dir runs/task-study
 
 Every task is scored in the dense model and in the twin, beside chance. Where both do it, circuits
-are pruned for it and for its nonsense twin, with several seeds. Circuits are kept in the output
-folder, so that an interrupted study goes on where it stopped. It writes README.md and study.json.
+are pruned for it and for its nonsense twin (in the direction that the twin likes better), with
+several seeds. Circuits are kept in the output folder, so that an interrupted study goes on where it
+stopped. It writes README.md and study.json.
 """
 
 import argparse
@@ -30,7 +31,7 @@ def main() -> None:
     args = p.parse_args()
 
     from bridges import choose_tasks, load_run
-    from sparse import task_table
+    from sparse import easier_nonsense, task_table
 
     run = load_run(args.run_dir)
     tasks = choose_tasks(args.tasks)
@@ -48,7 +49,7 @@ def main() -> None:
         row |= {"last_token": dense.told_by_last_token}
         if dense.does and twin.does:
             row["circuits"] = circuits(args, run, task)
-            row["nonsense"] = circuits(args, run, task.nonsense())
+            row["nonsense"] = circuits(args, run, easier_nonsense(task, run.sparse, run.tokenizer))
         rows.append(row)
         lines.append(line(row))
         print(lines[-1], flush=True)

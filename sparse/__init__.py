@@ -19,6 +19,7 @@ from .circuits.circuit import Circuit
 from .circuits.extract.circuit_module import extract
 from .circuits.mask import masked
 from .circuits.means import node_means
+from .circuits.planted import Planted, plant
 from .circuits.pruning.config import PruneConfig
 from .circuits.pruning.prune import prune
 from .circuits.score import last_logits
@@ -31,6 +32,7 @@ from .ops.prefix import prefix_ids
 from .ops.project import project_
 from .storage.card import Card, Metric
 from .tasks.batch import task_nats
+from .tasks.nonsense import easier_nonsense
 from .tasks.pair import Pair
 from .tasks.score import TaskScore
 from .tasks.suite import get_task, task_names
@@ -55,6 +57,7 @@ __all__ = [
     "Circuit",
     "Metric",
     "Pair",
+    "Planted",
     "PretrainConfig",
     "Pretraining",
     "PruneConfig",
@@ -68,6 +71,7 @@ __all__ = [
     "TrainConfig",
     "abs_topk",
     "check_processes",
+    "easier_nonsense",
     "estimated_tokens",
     "extract",
     "first_blocks",
@@ -79,6 +83,7 @@ __all__ = [
     "masked",
     "node_means",
     "pack",
+    "plant",
     "prefix_ids",
     "pretrain",
     "project_",

@@ -22,7 +22,7 @@ WINGS = {  # package: its wings (and files that stand beside them), ground floor
     "sparse": "storage ops | tasks text model | training circuits | release",
     "dense": "twin | fingerprint | inputs | sites | probe | stand_ins | proof | load | model | "
     "edit | traced | open",
-    "bridges": "protocol losses | maps | training run_folder | cost transfer task_circuits",
+    "bridges": "protocol losses | maps | planted training run_folder | cost transfer task_circuits",
     "evals": "scores | claims report | evaluate | __main__",
 }
 PACKAGES = tuple(WINGS)

@@ -32,11 +32,17 @@ def ablated(
     chosen: Chosen,
     values: Mapping[str, Tensor],
     attention_mask: Mask = None,
+    *,
+    clean: list[Tensor] | None = None,
 ) -> list[Change]:
-    """Return dz at every site when the chosen nodes are held at `values`; 0 at padding."""
+    """Return dz at every site when the chosen nodes are held at `values`; 0 at padding.
+
+    `clean` are the residuals of `ids` without any change, if they are known already.
+    """
     with masked(sparse, {at: ~held for at, held in chosen.items()}, values):
         after = sparse.residuals(ids, attention_mask)
-    return _differences(after, sparse.residuals(ids, attention_mask), attention_mask)
+    before = sparse.residuals(ids, attention_mask) if clean is None else clean
+    return _differences(after, before, attention_mask)
 
 
 @torch.no_grad()
@@ -46,20 +52,27 @@ def replaced(
     source_ids: Ids,
     chosen: Chosen,
     attention_mask: Mask = None,
+    *,
+    there: Mapping[str, Tensor] | None = None,
+    clean: list[Tensor] | None = None,
 ) -> list[Change]:
     """Return dz at every site when the chosen nodes get their values from a run on `source_ids`.
 
-    `ids` and `source_ids` have the same shape and the same padding.
+    `ids` and `source_ids` have the same shape and the same padding. `there` are the values of the
+    nodes in that run, and `clean` the residuals of `ids` without any change, if they are known.
     """
-    with recorded(sparse, list(chosen)) as there:
-        sparse.residuals(source_ids, attention_mask)
+    if there is None:
+        with recorded(sparse, list(chosen)) as there:
+            sparse.residuals(source_ids, attention_mask)
+    found = there
 
     def swap(at: str):
-        return lambda x: torch.where(chosen[at], there[at], x)
+        return lambda x: torch.where(chosen[at], found[at], x)
 
     with edited(sparse, {at: swap(at) for at in chosen}):
         after = sparse.residuals(ids, attention_mask)
-    return _differences(after, sparse.residuals(ids, attention_mask), attention_mask)
+    before = sparse.residuals(ids, attention_mask) if clean is None else clean
+    return _differences(after, before, attention_mask)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from typing import Any
 from evals.scores.score import Score
 from evals.scores.verdict import Claim
 
-SETTINGS = ("draws", "seed", "quick")
+SETTINGS = ("draws", "max_pairs", "facts", "seed", "quick")
 """The settings of `evaluate_run` that a report records in its provenance."""
 EVALUATE = "evals.evaluate"
 """What measures a run. It stands a floor above reports and makes them, so it is named here and only

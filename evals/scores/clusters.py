@@ -67,7 +67,7 @@ class Resampled:
         fewer = min(self, other, key=lambda r: r.n_clusters)
         draws = None
         if self.draws is not None and other.draws is not None:
-            draws = self.draws - other.draws
+            draws = self.draws - other.draws.roll(1)  # both were drawn by one seed
         value = self.value - other.value
         return Resampled(value=value, draws=draws, factor=fewer.factor, n_clusters=fewer.n_clusters)
 
@@ -110,13 +110,12 @@ def resampled(
     named = {factor: levels for factor, levels in groups.items() if any(levels)}
     units = {PAIRS: tuple(map(str, range(n))), **named}
     best: tuple[float, Tensor, str, int] | None = None
-    most, tried = 0, 0
+    tried = False
     for factor, levels in units.items():
         at, n_clusters = _numbered(levels)
         if n_clusters < FEWEST:
             continue
-        if factor != PAIRS:
-            most, tried = max(most, n_clusters), tried + 1
+        tried |= factor != PAIRS
         draws = _draws(x, at, n_clusters, statistic, value, seed)
         low, high = _ends(draws)
         if best is None or high - low > best[0]:

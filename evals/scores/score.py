@@ -30,6 +30,7 @@ Unit = Literal[
     "ratio",
     "nodes",
     "edges",
+    "pairs",
 ]
 Better = Literal["higher", "lower"]
 Outcome = Literal["beats", "worse", "indistinguishable"]

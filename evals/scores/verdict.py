@@ -121,7 +121,7 @@ class Condition:
         return "holds" if low > 0 else "fails" if high < 0 else "open"
 
     def _reason(self) -> str:
-        shown = f"{self.name}: {self.value:.3g} beside {self.against:.3g} {self.unit}"
+        shown = f"{self.name}: {self.value:.4g} beside {self.against:.4g} {self.unit}"
         if self.p is not None:
             few = ", too few draws to tell" if self.state == "open" else ""
             return f"{self.name}: p = {self.p:.3g} of {len(self.draws)} draws{few}"

@@ -24,6 +24,8 @@ from sparse.model.gpt import SparseGPT
 from .taps import edited
 
 Values = Mapping[str, Shaped[Tensor, " _"]]
+Keep = Mapping[str, Shaped[Tensor, "... _"]]
+"""A mask per location: one for all rows, or one for each of them, (row, 1, width)."""
 
 
 class _Step(torch.autograd.Function):
@@ -78,14 +80,15 @@ def by_location(flat: Shaped[Tensor, " n"], like: Values) -> dict[str, Shaped[Te
 
 
 @contextmanager
-def masked(model: SparseGPT, keep: Values, ablation: Values) -> Iterator[None]:
+def masked(model: SparseGPT, keep: Keep, ablation: Values) -> Iterator[None]:
     """Hold the nodes that are not kept at their ablation value while the context is open.
 
         x <- m x + (1 - m) mu,      m = keep[location], mu = ablation[location]
 
-    `keep` holds bools or floats. Locations that it does not name are left alone. Where it keeps
-    every node, the model computes what it does without the context, bit for bit. Gradients reach a
-    float `keep`.
+    `keep` holds bools or floats, one mask for all rows of the batch or one for each row, of shape
+    (row, 1, width); gradients reach float masks of the first kind. Locations that it does not name
+    are left alone. Where it keeps every node, the model computes what it does without the context,
+    bit for bit.
 
     >>> from bridges import load_run
     >>> from sparse import last_logits, masked, task_nats

@@ -11,7 +11,7 @@ from torch import Tensor
 from sparse.model.gpt import SparseGPT
 from sparse.tasks.batch import TaskBatch
 
-from .mask import Values, masked
+from .mask import Keep, Values, masked
 
 
 def last_logits(
@@ -36,7 +36,7 @@ def last_logits(
 
 
 def circuit_logits(
-    model: SparseGPT, batch: TaskBatch, keep: Values, ablation: Values
+    model: SparseGPT, batch: TaskBatch, keep: Keep, ablation: Values
 ) -> Float[Tensor, "prompt vocab"]:
     """Return the logits at the scored positions while the nodes that are not kept are ablated.
 

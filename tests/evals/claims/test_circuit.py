@@ -11,6 +11,7 @@ from sparse.circuits.pruning.config import PruneConfig
 from sparse.circuits.pruning.learn import learn
 from sparse.circuits.pruning.prune import prune
 from sparse.tasks.batch import task_nats
+from sparse.tasks.nonsense import easier_nonsense, exchanged
 
 QUICK = PruneConfig(ablation="zero", n_steps=80, lr=5e-2, clean_up=0.0, target_loss=0.3)
 
@@ -83,11 +84,16 @@ def test_the_nonsense_twin_of_equal_size_stands_beside_the_circuit(sparse, found
 
 def test_the_ranking_of_the_pruned_twin_saves_learning_it_again(sparse, found, dense, monkeypatch):
     learned = nonsense_at_size(sparse, found, dense.tokenizer)
-    twin = prune(sparse, found.task.nonsense(), QUICK, tokenizer=dense.tokenizer, force=True)
+    easier = easier_nonsense(found.task, sparse, dense.tokenizer)
+    assert learned.task == easier
+    twin = prune(sparse, easier, QUICK, tokenizer=dense.tokenizer, force=True)
     unlike = replace(twin, config=twin.config | {"n_steps": 81})
     calls = []
     monkeypatch.setattr("evals.claims.circuit.learn", lambda *a: calls.append(a) or learn(*a))
     assert nonsense_at_size(sparse, found, dense.tokenizer, twin).nodes == learned.nodes
+    turned = replace(twin, task=exchanged(easier))  # found in the other direction: taken as it is
+    same = nonsense_at_size(sparse, found, dense.tokenizer, turned)
+    assert same.task == turned.task and same.nodes == learned.nodes
     assert not calls
     for other in (None, unlike, replace(twin, ranking={}), replace(twin, task=found.task)):
         assert nonsense_at_size(sparse, found, dense.tokenizer, other).nodes == learned.nodes

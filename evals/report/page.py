@@ -21,6 +21,7 @@ from evals.scores.verdict import Claim, Verdict
 from sparse.circuits.view.layout import graph_layout
 
 from .cells import cells, chance, claim_cells, number
+from .replay import tasks_of
 from .report import CAVEAT, Report, write_all
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -120,6 +121,7 @@ def _render(report: Report, drawn: Mapping[str, Any], graphs: Sequence[Mapping[s
         claims=_claims(report.claims),
         chance=chance(report.claims),
         tasks=_by_task(report, drawn),
+        scattered=bool(drawn["scatters"]),
         matrices=drawn["matrices"],
         training=drawn["training"],
         how=drawn["how"],
@@ -170,7 +172,7 @@ def _interval(ends: tuple[float, float] | None) -> str:
 
 def _by_task(report: Report, drawn: Mapping[str, Any]) -> list[tuple[str, list[Any]]]:
     """Return the scatters and curves of every task, under its name; the others under ""."""
-    tasks = list(dict.fromkeys(claim.task for claim in report.claims))
+    tasks = tasks_of(report)
     figures = [*drawn["scatters"], *drawn["curves"]]
     found: dict[str, list[Any]] = {task: [] for task in [*tasks, ""]}
     for name, svg in figures:
@@ -180,11 +182,15 @@ def _by_task(report: Report, drawn: Mapping[str, Any]) -> list[tuple[str, list[A
 
 
 def _example(example: Example) -> dict[str, Any]:
-    models = {name: getattr(example, name) for name in ("dense", "twin", "circuit")}
-    answers = {
-        name: (f"{p:.2f}", example.answer if p > 0.5 else example.other, p > 0.5)
-        for name, p in models.items()
+    found = {
+        "dense model": example.dense,
+        "twin": example.twin,
+        "circuit alone": example.circuit,
     }
+    answers = [
+        (model, f"{p:.2f}", example.answer if p > 0.5 else example.other, p > 0.5)
+        for model, p in found.items()
+    ]
     texts = {"prompt": example.prompt, "answer": example.answer, "other": example.other}
     return {"task": example.task, "models": answers, **texts}
 

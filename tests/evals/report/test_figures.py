@@ -197,7 +197,7 @@ def test_nothing_global_of_matplotlib_changes_and_nothing_global_changes_a_figur
 
 
 def test_figures_are_drawn_in_several_threads_as_in_one(report):
-    scatters = list(report.pictures.scatters) * 3
+    scatters = list(report.pictures.scatters) * 2
     alone = [svg(scatter_figure(scatter)) for scatter in scatters]
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(lambda s: svg(scatter_figure(s)), scatters)) == alone

@@ -367,13 +367,13 @@ def planted(decoy: bool) -> Callable[[int, Path], Case]:
         from bridges import plant_pair
 
         pair = plant_pair(i, decoy=decoy)
-        names = list(pair.circuits)
-        name = names[i % len(names)]
-        others = {n: c for n, c in pair.circuits.items() if n != name}
+        found = pair.planted.circuits
+        name = list(found)[i % len(found)]
+        others = {n: c for n, c in found.items() if n != name}
         return Case(
             run=pair,
-            circuit=pair.circuits[name],
-            namesakes={"nonsense": pair.nonsense(name), **others},
+            circuit=found[name],
+            namesakes={"nonsense": pair.planted.nonsense(name), **others},
             others=tuple(c.task for c in others.values()),
             kinds=DENSE if decoy else ALL,
         )

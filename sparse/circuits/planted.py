@@ -13,7 +13,7 @@ that many different truths can be tried.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 
@@ -143,33 +143,31 @@ def plant(
     rooms = Rooms.of(rng, width, n_heads, n_neurons)
     ballast = [rooms.channels.pop() for _ in range(N_BALLAST)]
     paths = {name: lay_path(name, words, rooms, rng) for name in TASKS}
-    wires = [wire for path in paths.values() for wire in path.wires]
-    wires += lay_distractors(words, list(paths.values()), rooms, rng, distraction)
-
+    wires = lay_distractors(words, list(paths.values()), rooms, rng, distraction)
+    wires += [wire for path in paths.values() for wire in path.wires]
     text = corpus(words, rng, N_MEANS + N_HELDOUT)
     counts = torch.bincount(text[:N_MEANS].flatten(), minlength=len(words.words)) + 1.0
     config = config_of(width, n_heads, n_neurons, len(words.words))
-    model = build(words, wires, ballast, counts / counts.sum(), config)
+    model = build(wires, ballast, counts / counts.sum(), config)
     batches = {name: task.batches(tokenizer) for name, task in tasks.items()}
     for name, path in paths.items():
-        wanted = rng.uniform(*MARGINS) if margin is None else margin
-        path.wires += _answer(model, path, words.targets[name], batches[name]["train"], wanted)
-    text = _spoken(model, text, torch.tensor(words.plain), seed)
-    means = node_means(model, text[:N_MEANS], batch_size=N_MEANS)
-    circuits = {
-        name: _circuit(model, tasks[name], path, means, batches[name], seed)
-        for name, path in paths.items()
-    }
+        lead = rng.uniform(*MARGINS) if margin is None else margin
+        path.wires += _answer(model, path, words.targets[name], batches[name]["train"], lead)
+    means_text, heldout = _spoken(model, text, words.plain, seed).split([N_MEANS, N_HELDOUT])
+    means = node_means(model, means_text, batch_size=N_MEANS)
     return Planted(
         seed=seed,
         model=model,
         tokenizer=tokenizer,
         tasks=tasks,
-        circuits=circuits,
+        circuits={
+            name: _circuit(model, tasks[name], path, means, batches[name], seed)
+            for name, path in paths.items()
+        },
         wires={name: tuple(path.wires) for name, path in paths.items()},
-        distractors=_alive(model, text[:64], paths),
+        distractors=_alive(model, heldout, paths),
         means=means,
-        heldout=text[N_MEANS:],
+        heldout=heldout,
     )
 
 
@@ -204,18 +202,19 @@ def _answer(
 
 
 def _spoken(
-    model: SparseGPT, text: Tensor, plain: Int[Tensor, " word"], seed: int
+    model: SparseGPT, text: Tensor, plain: Sequence[int], seed: int
 ) -> Int[Tensor, "block pos"]:
     """Return `text` with every plain word after the first drawn anew from what the model predicts.
 
     Cues, words that ask and answers stay. So the text is the model's own language: it predicts
     these words as well as they can be predicted.
     """
-    text, g = text.clone(), torch.Generator().manual_seed(seed_of("spoken", seed))
+    text, words = text.clone(), torch.tensor(plain)
+    g = torch.Generator().manual_seed(seed_of("spoken", seed))
     for t in range(1, text.shape[1]):
         y = model.last_logits(text[:, :t], torch.full((len(text),), t - 1))
-        drawn = plain[torch.multinomial(y[:, plain].softmax(-1), 1, generator=g).squeeze(1)]
-        text[:, t] = torch.where(torch.isin(text[:, t], plain), drawn, text[:, t])
+        drawn = words[torch.multinomial(y[:, words].softmax(-1), 1, generator=g).squeeze(1)]
+        text[:, t] = torch.where(torch.isin(text[:, t], words), drawn, text[:, t])
     return text
 
 

@@ -273,7 +273,6 @@ def _values(
 
 
 def build(
-    words: Lexicon,
     wires: Sequence[Wire],
     ballast: Sequence[int],
     frequency: Float[Tensor, " vocab"],

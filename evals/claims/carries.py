@@ -253,6 +253,11 @@ def mean_difference(train: Trial) -> Make:
 def too_few(task: str, pairs: int, unmatched: int) -> Claim:
     """Return the claim that cannot be told, since hardly any pair has an unrelated source."""
     few = premise(
-        "sources", "pairs that have an unrelated source", pairs, FEWEST, "pairs", "higher"
+        "sources",
+        "pairs that have an unrelated source",
+        float(pairs),
+        float(FEWEST),
+        "pairs",
+        "higher",
     )
     return judged("carries", task, 0.0, "fraction", iter([few]), {"unmatched pairs": unmatched})

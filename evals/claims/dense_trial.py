@@ -50,6 +50,7 @@ class Decoded:
     changes: list[Float[Tensor, "prompt pos d_sparse"]]
     """dz at every sparse site."""
 
+    @torch.no_grad()
     def __call__(self, site: int) -> Float[Tensor, "prompt pos d_dense"]:
         """Return what is added to the dense stream at a dense site."""
         return self.bridges.transport(site, self.changes[self.bridges.config.pairs[site]])

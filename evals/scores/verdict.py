@@ -139,8 +139,9 @@ class Condition:
         """Return how many clusters would be needed to tell, as words, where that can be said."""
         if self.state != "open" or self.interval is None or self.margin <= 0:
             return ""
-        half = (self.interval[1] - self.interval[0]) / 2
-        n = math.ceil(self.n_clusters * (half / self.margin) ** 2)
+        low, high = self.interval
+        worst = low if self.better == "higher" else -high
+        n = math.ceil(self.n_clusters * ((self.margin - worst) / self.margin) ** 2)
         return f"; about {n} clusters ({self.factor}) would tell, here are {self.n_clusters}"
 
     def to_dict(self) -> dict[str, Any]:

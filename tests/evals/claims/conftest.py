@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bridges import load_run, map_circuit
+from bridges import DenseCircuit, load_run
 from evals.claims.prompts import picked
 from evals.claims.twin_trial import TwinTrial
 from sparse.circuits.graph import nodes_of
@@ -38,8 +38,12 @@ def nonsense(found):
 @pytest.fixture(scope="session")
 def mapped(tiny):
     """A circuit of the shipped pair as interventions on its dense model; other bridges at will."""
-    return lambda circuit, bridges=None: map_circuit(
-        circuit, tiny.dense, tiny.bridges if bridges is None else bridges, sparse_model=tiny.sparse
+    return lambda circuit, bridges=None: DenseCircuit(
+        circuit=circuit,
+        sparse=tiny.sparse,
+        bridges=tiny.bridges if bridges is None else bridges,
+        dense=tiny.dense,
+        site=0,
     )
 
 

@@ -96,7 +96,7 @@ def test_a_rival_is_compared_at_the_circuit_s_share_over_what_the_pairs_share(
 def test_through_a_bridge_that_means_nothing_no_circuit_carries_anything(
     tiny, quotes, splits_of, broken, seed
 ):
-    splits = splits_of(quotes, broken(tiny.bridges, seed), pairs=8)
+    splits = splits_of(quotes, broken(tiny.bridges, seed), pairs=6)
     claim = carries(splits, quotes, {}, draws=K, stop_early=True)
     assert claim.outcome == "negative"
 
@@ -112,7 +112,7 @@ def test_stop_early_gives_a_null_the_verdict_that_all_its_conditions_give(tiny, 
 def test_as_many_random_nodes_carry_nothing(splits_of, quotes, random_of):
     null = random_of(quotes)
     assert (
-        carries(splits_of(null, pairs=8), null, {}, draws=K, stop_early=True).outcome == "negative"
+        carries(splits_of(null, pairs=6), null, {}, draws=K, stop_early=True).outcome == "negative"
     )
 
 
@@ -177,7 +177,7 @@ def test_the_mean_difference_is_one_direction_whose_sign_is_the_prompt_s_kind(ti
     trial, n = made.test, made.test.batch.n_pairs
     deltas = mean_difference(made.validation)(trial)
     rows = torch.arange(2 * n)
-    for site in trial.sites:
+    for site in trial.sites[1:]:  # at site 0 both contexts end in one and the same token
         delta = deltas(site)
         at_last = delta[rows, trial.batch.last]
         assert int((delta.norm(dim=-1) > 0).sum()) == 2 * n  # at the scored position alone

@@ -15,7 +15,7 @@ from sparse import get_task
 
 from .test_carries import permuted, turned
 
-K, PAIRS = 19, 12
+K, PAIRS = 19, 8
 
 
 @pytest.fixture(scope="module")
@@ -107,18 +107,18 @@ def test_a_circuit_that_another_task_needs_more_is_not_for_this_one(splits_of, t
 
 
 @pytest.mark.parametrize("broken", [permuted, turned])
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0])
 def test_through_a_bridge_that_means_nothing_no_circuit_is_needed(
     tiny, quotes, splits_of, broken, seed
 ):
-    splits = splits_of(quotes, broken(tiny.bridges, seed), pairs=8)
+    splits = splits_of(quotes, broken(tiny.bridges, seed), pairs=6)
     assert needed(splits, quotes, {}, {}, draws=K, stop_early=True).outcome == "negative"
 
 
 def test_as_many_random_nodes_are_not_needed(splits_of, quotes, random_of):
     null = random_of(quotes)
     assert (
-        needed(splits_of(null, pairs=8), null, {}, {}, draws=K, stop_early=True).outcome
+        needed(splits_of(null, pairs=6), null, {}, {}, draws=K, stop_early=True).outcome
         == "negative"
     )
 

@@ -127,6 +127,8 @@ def test_it_says_how_many_clusters_would_tell():
     assert "would tell" not in rival(-0.3, 0.1).reason  # it is worse: more pairs show no more
     assert "would tell" not in rival(-0.3, -0.1).reason and rival(0.1, 0.3).reason == ""
     assert "about 40 clusters" in rival(-0.3, 0.0999, "lower").reason
+    skewed = replace(rival(-0.1, 0.3), interval=(-0.01, 0.11))  # the end across 0 is 0.11 away
+    assert "about 13 clusters" in skewed.reason  # and not 4, fewer than there are
 
 
 @pytest.mark.parametrize("states, outcome", [

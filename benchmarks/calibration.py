@@ -81,17 +81,27 @@ def judge(todo: list[tuple[str, int]], folder: Path, part: int) -> None:
         for kind, i in tqdm([case for case in todo if case not in done]):
             start = time.perf_counter()
             _, case = next(cases(kind, range(i, i + 1), folder))
-            verdicts = [verdict(case, claim) for claim in case.kinds]
+            verdicts = [verdict(case, claim, kind == TRUTHS) for claim in case.kinds]
             spent = round(time.perf_counter() - start, 1)
             line = {"kind": kind, "number": i, "task": case.circuit.task.name, "seconds": spent}
             out.write(json.dumps(line | {"claims": verdicts}) + "\n")
             out.flush()
 
 
-def verdict(case: Case, kind: Any) -> dict[str, Any]:
-    """Return the verdict on one claim of a case, with the reason."""
+def verdict(case: Case, kind: Any, at_once: bool) -> dict[str, Any]:
+    """Return the verdict on one claim of a case, with the reason.
+
+    Unless `at_once`, it is judged without namesakes first: a claim that is not positive then is not
+    positive with them.
+    """
     options = {"kinds": [kind], "draws": DRAWS, "max_pairs": PAIRS, "stop_early": True}
-    (claim,) = judge_circuit(case.run, case.circuit, case.namesakes, case.others, **options)
+
+    def judged(namesakes: Any) -> Any:
+        return judge_circuit(case.run, case.circuit, namesakes, case.others, **options)[0]
+
+    claim = judged(case.namesakes() if at_once else {})
+    if claim.outcome == "positive" and not at_once:
+        claim = judged(case.namesakes())
     decided = claim.conditions[-1].key if claim.outcome != "positive" else ""
     return {
         "claim": claim.kind,

@@ -43,7 +43,8 @@ class Case:
 
     run: Any
     circuit: Circuit
-    namesakes: Mapping[str, Circuit]
+    namesakes: Callable[[], Mapping[str, Circuit]]
+    """Makes the namesakes: pruning them takes long, and most nulls fail before they are needed."""
     others: tuple[Task, ...]
     """Tasks of other families that the dense model does."""
     kinds: tuple[Kind, ...]
@@ -128,11 +129,12 @@ def on_own_task(kind: str) -> Callable[[int, Path], Case]:
     def case(i: int, folder: Path) -> Case:
         run, found = shipped()
         name, _ = task_of(i)
-        namesakes = {
-            "nonsense": pruned_for(folder, kind, i, 1),
-            "the true task": found[name],
-            **{n: found[n] for n in TASKS if n != name},
-        }
+
+        def namesakes() -> dict[str, Circuit]:
+            again = pruned_for(folder, kind, i, 1)
+            others = {n: found[n] for n in TASKS if n != name}
+            return {"nonsense": again, "the true task": found[name], **others}
+
         circuit = pruned_for(folder, kind, i, 0)
         return Case(
             run=run, circuit=circuit, namesakes=namesakes, others=other_tasks(name), kinds=ALL
@@ -147,11 +149,12 @@ def on_true_task(kind: str) -> Callable[[int, Path], Case]:
     def case(i: int, folder: Path) -> Case:
         run, found = shipped()
         name, _ = task_of(i)
-        namesakes = {
-            "nonsense": pruned_for(folder, kind, i, 1),
-            "the true circuit": found[name],
-            **{n: found[n] for n in TASKS if n != name},
-        }
+
+        def namesakes() -> dict[str, Circuit]:
+            again = pruned_for(folder, kind, i, 1)
+            others = {n: found[n] for n in TASKS if n != name}
+            return {"nonsense": again, "the true circuit": found[name], **others}
+
         circuit = replace(pruned_for(folder, kind, i, 0), task=found[name].task)
         return Case(
             run=run,
@@ -188,7 +191,11 @@ def nonsense_outside(i: int, folder: Path) -> Case:
     kind = ("senseless", "garbage")[i % 2]
     found = pruned_for(folder, kind, i, 0)
     case = _nodes(i, lambda true, seed: outside(found, true))
-    namesakes = {**case.namesakes, "nonsense": pruned_for(folder, kind, i, 1)}
+    beside = case.namesakes
+
+    def namesakes() -> dict[str, Circuit]:
+        return {**beside(), "nonsense": pruned_for(folder, kind, i, 1)}
+
     return replace(case, namesakes=namesakes, kinds=("necessary", "needed"))
 
 
@@ -197,8 +204,10 @@ def _nodes(i: int, make: Callable[[Circuit, int], Circuit]) -> Case:
     name, seed = task_of(i)
     true = found[name]
     circuit = replace(make(true, seed), task=true.task)
-    namesakes = {**rivals_of(name), "the true circuit": true}
-    return Case(run=run, circuit=circuit, namesakes=namesakes, others=other_tasks(name), kinds=ALL)
+    beside = {**rivals_of(name), "the true circuit": true}
+    return Case(
+        run=run, circuit=circuit, namesakes=lambda: beside, others=other_tasks(name), kinds=ALL
+    )
 
 
 def other_circuit(i: int, folder: Path) -> Case:
@@ -206,10 +215,12 @@ def other_circuit(i: int, folder: Path) -> Case:
     run, found = shipped()
     pairs = [(a, b) for a in TASKS for b in TASKS if a != b]
     asked, owner = Random(0).sample(pairs, len(pairs))[i % len(pairs)]
-    namesakes = {**rivals_of(asked), "the true circuit": found[asked]}
-    namesakes.pop(owner)
+    beside = {**rivals_of(asked), "the true circuit": found[asked]}
+    beside.pop(owner)
     circuit = replace(found[owner], task=found[asked].task)
-    return Case(run=run, circuit=circuit, namesakes=namesakes, others=other_tasks(asked), kinds=ALL)
+    return Case(
+        run=run, circuit=circuit, namesakes=lambda: beside, others=other_tasks(asked), kinds=ALL
+    )
 
 
 # Bridges that carry nothing.
@@ -226,7 +237,7 @@ def spoiled(change: Callable[[Tensor, torch.Generator], Tensor]) -> Callable[[in
         return Case(
             run=SimpleNamespace(bridges=bridges, **fields),
             circuit=found[name],
-            namesakes=rivals_of(name),
+            namesakes=lambda: rivals_of(name),
             others=other_tasks(name),
             kinds=DENSE,
         )
@@ -307,7 +318,7 @@ def without_twin(
         return Case(
             run=SimpleNamespace(bridges=bridges, **fields),
             circuit=circuit,
-            namesakes=nodes,
+            namesakes=lambda: nodes,
             others=other_tasks(name),
             kinds=ALL,
         )
@@ -373,7 +384,7 @@ def planted(decoy: bool) -> Callable[[int, Path], Case]:
         return Case(
             run=pair,
             circuit=found[name],
-            namesakes={"nonsense": pair.planted.nonsense(name), **others},
+            namesakes=lambda: {"nonsense": pair.planted.nonsense(name), **others},
             others=tuple(c.task for c in others.values()),
             kinds=DENSE if decoy else ALL,
         )

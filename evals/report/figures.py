@@ -107,7 +107,8 @@ def claims_figure(claims: Sequence[Claim]) -> Figure:
 def matrix_figure(matrix: Matrix) -> Figure:
     """Return a matrix as a grid of numbers: the more harm the stronger; "–" was not measured.
 
-    A circuit's own task is framed. Gains have another colour than harm.
+    A circuit's own task is framed. Gains have another colour than harm. Six columns and more have
+    room for two decimals.
 
     >>> from evals.report.figures import matrix_figure
     >>> from evals.scores.pictures import Matrix
@@ -116,12 +117,13 @@ def matrix_figure(matrix: Matrix) -> Figure:
     >>> [text.get_text() for text in matrix_figure(harm).axes[0].texts]
     ['0.75', '0.02', '–', '0.6']
     """
+    shown = number if len(matrix.columns) < 6 else "{:.2f}".format
     most = max([abs(x) for row in matrix.values for x in row if x is not None] + [1e-12])
     grid = [
         [
             ("–", FAINT, 0.0)
             if x is None
-            else (number(x), TEAL if x >= 0 else ORANGE, 0.55 * abs(x) / most)
+            else (shown(x), TEAL if x >= 0 else ORANGE, 0.55 * abs(x) / most)
             for x in row
         ]
         for row in matrix.values

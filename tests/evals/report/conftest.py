@@ -216,7 +216,7 @@ def a_report(graphs=None):
         pictures=pictures,
         graphs=(a_graph(),) if graphs is None else graphs,
         notes=("single_double_quote: trained for 3 M tokens only", *NOTES),
-        provenance=provenance(seed=0, draws=39, quick=False, run=run),
+        provenance=provenance(seed=0, draws=39, max_pairs=64, facts=True, quick=False, run=run),
     )
 
 

@@ -35,7 +35,8 @@ def asked(monkeypatch, report):
 def test_the_same_tasks_are_measured_with_the_settings_of_the_report(report, run, asked):
     assert report.verify(run) == []
     tasks = ["single_double_quote", "bracket_counting", "while_return_true"]
-    assert asked.how == {"tasks": tasks, "draws": 39, "seed": 0, "quick": False}
+    settings = {"draws": 39, "max_pairs": 64, "facts": True, "seed": 0, "quick": False}
+    assert asked.how == {"tasks": tasks, **settings}
     assert asked.run is run and tasks_of(replace(report, claims=())) == tasks
 
 
@@ -81,5 +82,7 @@ def test_a_difference_within_the_tolerance_is_none(report):
 
 
 def test_a_report_that_does_not_say_how_it_was_made_is_not_measured_again(report, run):
-    with pytest.raises(ValueError, match="does not record .'draws', 'seed', 'quick'"):
+    with pytest.raises(
+        ValueError, match="does not record .'draws', 'max_pairs', 'facts', 'seed', 'quick'"
+    ):
         replace(report, provenance={}).verify(run)

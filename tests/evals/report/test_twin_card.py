@@ -12,7 +12,7 @@ from bridges import BridgeConfig, BridgeSet, load_run, save_run
 from evals.__main__ import main
 from evals.evaluate import evaluate_run, write_report
 from evals.report.report import Report
-from evals.report.twin_card import twin_card
+from evals.report.twin_card import TOLD, twin_card
 from evals.scores.verdict import Claim, threshold
 from sparse.circuits.pruning.config import PruneConfig
 from sparse.circuits.pruning.prune import prune
@@ -82,15 +82,18 @@ def test_every_number_of_the_twin_is_in_its_readme_beside_its_control(run, repor
     circuit = [
         row for heading, row in report if heading == f"{TASK}: the circuit in the sparse model"
     ]
-    said = {row.name: row for row in circuit if not row.name.startswith(("KL", "edges"))}
-    assert {"sufficiency, mean ablation", "necessity", "nodes"} < said.keys()
-    assert sum(name.startswith("nonsense twin (") for name in said) == 2
+    said = {row.key: row for row in circuit if row.key.startswith(TOLD)}
+    assert {"circuit.sufficiency", "circuit.necessity", "circuit.nodes"} <= said.keys()
+    assert {row.key for row in circuit} - said.keys() >= {"circuit.edges"}  # a control
     for row in said.values():
         over = f", mean over {row.n} pairs" if row.n > 1 else ""
         many = f"mean of {row.n_draws} " if row.n_draws > 1 else ""
         key = f"{TASK}: {row.name}, {row.better} is better{over}", f"{many}{row.control_name}"
         assert found.pop(key) == shown(row)
     assert len(found) == 3, "and no other number"
+    for claim in report.claims:
+        assert f"- {TASK}: {claim.statement}: **{claim.outcome}**, " in text
+    assert {claim.kind for claim in report.claims} >= {"sufficient", "necessary"}
 
 
 def test_the_readme_says_how_the_twin_was_made_and_the_hub_reads_it(run, report):

@@ -125,10 +125,7 @@ def adversary_rows(
     without a ranking it is left out. The model's parameters must be frozen
     (`sparse.model.modes.still`).
     """
-    rng = torch.Generator().manual_seed(seed)
-    part = learn.take(
-        torch.randperm(learn.n_pairs, generator=rng)[:LEARN_PAIRS].to(learn.ids.device)
-    )
+    part = _some(learn, seed)
     ranked = [circuit.resized(len(circuit))] if circuit.ranking else []
     bar = tqdm(
         total=1 + len(drawn) + len(ranked), desc="adversary", disable=not progress, leave=False
@@ -154,14 +151,24 @@ def adversary_rows(
         "nats where it learned": found.nats,
         "share of the other nodes ablated": found.ablated,
     }
+    controls = {
+        "adversary": (random, "random circuits of equal size"),
+        "adversary.ranking": (first, "the first nodes of its own ranking"),
+    }
     given: dict[str, Any] = {"unit": "nats", "better": "lower", "seed": seed, "detail": detail}
     name = "task loss, the adversary's choice ablated"
-    rows = []
-    for key, draws, control in (
-        ("adversary", random, "random circuits of equal size"),
-        ("adversary.ranking", first, "the first nodes of its own ranking"),
-    ):
-        if draws:
-            given |= {"key": f"circuit.fact.{key}", "control_name": control}
-            rows.append(paired(name, own, torch.stack(draws), **given))
-    return rows
+    return [
+        paired(
+            name, own, torch.stack(draws), key=f"circuit.fact.{key}", control_name=control, **given
+        )
+        for key, (draws, control) in controls.items()
+        if draws
+    ]
+
+
+def _some(batch: TaskBatch, seed: int) -> TaskBatch:
+    """Return LEARN_PAIRS pairs of a batch, drawn by the seed, or all where there are fewer."""
+    rng = torch.Generator().manual_seed(seed)
+    return batch.take(
+        torch.randperm(batch.n_pairs, generator=rng)[:LEARN_PAIRS].to(batch.ids.device)
+    )

@@ -32,9 +32,9 @@ from tqdm import tqdm
 from benchmarks.null_cases import NULLS, TASKS, TRUTHS, Case, cases, noised, shipped, with_decoders
 from bridges.transfer.dense_circuit import DenseCircuit
 from evals import judge_circuit
-from evals.claims.arms import steering
 from evals.claims.carries import share
-from evals.claims.prompts import unrelated_splits
+from evals.trials.arms import steering
+from evals.trials.prompts import unrelated_splits
 
 DRAWS, PAIRS = 19, 24
 NOISES = (0, 0.5, 1, 2, 4, 8, 16)

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from bridges import load_run
 from bridges.maps.bridge import BridgeSet
-from evals.claims.matched import activity_of, apart, outside
 from evals.scores.verdict import Kind
+from evals.trials.matched import activity_of, apart, outside
 from sparse import PruneConfig, SparseGPT, Task, node_means, prune
 from sparse.circuits.circuit import Circuit
 from sparse.tasks.pair import Targets

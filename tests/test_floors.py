@@ -23,7 +23,7 @@ WINGS = {  # package: its wings (and files that stand beside them), ground floor
     "dense": "twin | fingerprint | inputs | sites | probe | stand_ins | proof | load | model | "
     "edit | traced | open",
     "bridges": "protocol losses | maps | planted training run_folder | cost transfer task_circuits",
-    "evals": "scores | claims report | evaluate | __main__",
+    "evals": "scores | trials | claims report cache | evaluate | __main__",
 }
 PACKAGES = tuple(WINGS)
 MAX_FILE, MAX_FUNCTION = 300, 45  # lines of code; docstrings, comments and blank lines are free

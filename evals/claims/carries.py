@@ -24,9 +24,7 @@ from torch import Tensor
 
 from evals.scores.clusters import FEWEST, fixed, resampled
 from evals.scores.verdict import Claim, Condition, favours, outranks, premise, threshold
-from sparse.circuits.circuit import Circuit
-
-from .arms import (
+from evals.trials.arms import (
     Arm,
     Make,
     Splits,
@@ -38,9 +36,11 @@ from .arms import (
     steering,
     turned,
 )
-from .dense_trial import Decoded, Deltas, Trial
+from evals.trials.dense_trial import Decoded, Deltas, Trial
+from evals.trials.matched import NONSENSE, apart, at_size, called
+from sparse.circuits.circuit import Circuit
+
 from .judge import judged
-from .matched import NONSENSE, apart, at_size, called
 from .twin import LEAST
 
 ROOM = 0.1

@@ -22,6 +22,10 @@ from torch import Tensor
 
 from evals.scores.paired import counted, paired
 from evals.scores.score import Score
+from evals.trials.matched import NONSENSE, activity_of, apart
+from evals.trials.nonsense import nonsense_of
+from evals.trials.prompts import picked
+from evals.trials.twin_trial import TwinTrial, measuring
 from sparse.circuits.circuit import Circuit
 from sparse.model.gpt import SparseGPT
 from sparse.tasks.score import positions_of
@@ -29,11 +33,7 @@ from sparse.tasks.task import Task
 
 from .evaluation import Evaluation
 from .facts import twin_facts
-from .matched import NONSENSE, activity_of, apart
-from .nonsense import nonsense_of
-from .prompts import picked
 from .twin import necessary, sufficient
-from .twin_trial import TwinTrial, measuring
 
 RANDOM = "random circuits of equal size"
 OTHERS = "random sets of equally many other nodes"

@@ -10,16 +10,16 @@ from torch import Tensor
 
 from bridges.transfer.dense_circuit import DenseCircuit
 from evals.scores.verdict import Claim, Kind
+from evals.trials.dense_trial import Trial
+from evals.trials.prompts import paired_trial, picked, splits, unrelated_splits
+from evals.trials.twin_trial import TwinTrial
 from sparse.circuits.circuit import Circuit
 from sparse.tasks.score import positions_of
 from sparse.tasks.task import Task
 
 from .carries import carries, too_few
-from .dense_trial import Trial
 from .needed import needed
-from .prompts import paired_trial, picked, splits, unrelated_splits
 from .twin import necessary, sufficient
-from .twin_trial import TwinTrial
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 

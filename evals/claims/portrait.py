@@ -22,13 +22,13 @@ from evals.scores.paired import paired
 from evals.scores.pictures import Example, Point, Scatter
 from evals.scores.score import Score
 from evals.scores.verdict import Claim
+from evals.trials.arms import Arm, Make, Splits
+from evals.trials.dense_trial import Trial
 from sparse.circuits.circuit import Circuit
 from sparse.circuits.score import circuit_logits, last_logits
 from sparse.tasks.batch import logit_difference
 
-from .arms import Arm, Make, Splits
 from .carries import WORDS, Carrying, mean_difference, share
-from .dense_trial import Trial
 
 STRENGTHS = (0.25, 0.5, 1.0, 2.0, 4.0)
 """Factors on the delta in the curve."""

@@ -17,6 +17,9 @@ from torch import Tensor
 from bridges.transfer.dense_circuit import DenseCircuit
 from evals.scores.pictures import Pictures
 from evals.scores.verdict import Claim
+from evals.trials.matched import NONSENSE
+from evals.trials.nonsense import nonsense_of
+from evals.trials.prompts import splits, unrelated_splits, unrelated_trial
 from sparse.circuits.circuit import Circuit
 from sparse.tasks.task import Task
 
@@ -24,10 +27,7 @@ from . import portrait
 from .carries import Carrying, carrying, too_few
 from .claims import Trials, trials_of
 from .evaluation import Evaluation
-from .matched import NONSENSE
 from .needed import needed
-from .nonsense import nonsense_of
-from .prompts import splits, unrelated_splits, unrelated_trial
 
 
 @torch.no_grad()

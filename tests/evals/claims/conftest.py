@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from bridges import DenseCircuit, load_run
-from evals.claims.prompts import picked
-from evals.claims.twin_trial import TwinTrial
+from evals.trials.prompts import picked
+from evals.trials.twin_trial import TwinTrial
 from sparse.circuits.graph import nodes_of
 
 QUOTES = "single_double_quote"

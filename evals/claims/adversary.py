@@ -127,9 +127,8 @@ def adversary_rows(
     """
     part = _some(learn, seed)
     ranked = [circuit.resized(len(circuit))] if circuit.ranking else []
-    bar = tqdm(
-        total=1 + len(drawn) + len(ranked), desc="adversary", disable=not progress, leave=False
-    )
+    n = 1 + len(drawn) + len(ranked)
+    bar = tqdm(total=n, desc="adversary", disable=not progress, leave=False)
 
     def harmed(c: Circuit) -> tuple[Attack, Float[Tensor, " pair"]]:
         found = attack(model, c, part, seed=seed)
@@ -157,12 +156,9 @@ def adversary_rows(
     }
     given: dict[str, Any] = {"unit": "nats", "better": "lower", "seed": seed, "detail": detail}
     name = "task loss, the adversary's choice ablated"
+    rows = {f"circuit.fact.{key}": (torch.stack(x), of) for key, (x, of) in controls.items() if x}
     return [
-        paired(
-            name, own, torch.stack(draws), key=f"circuit.fact.{key}", control_name=control, **given
-        )
-        for key, (draws, control) in controls.items()
-        if draws
+        paired(name, own, x, key=key, control_name=of, **given) for key, (x, of) in rows.items()
     ]
 
 

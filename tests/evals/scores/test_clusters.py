@@ -49,6 +49,7 @@ def test_for_equal_clusters_the_interval_is_student_s_over_their_means(n_cluster
     found = resampled(x[:, None], groups)
     means = x.view(n_clusters, -1).mean(1)
     oracle = float(student.ppf(0.975, n_clusters - 1) * means.std() / n_clusters**0.5)
+    assert 1.96 * float(found.draws.std()) == pytest.approx(oracle, rel=0.05)
     # of few clusters the bootstrap's tails are a little shorter than those of a normal
     assert found.interval().half == pytest.approx(oracle, rel=0.12 if n_clusters < 8 else 0.06)
     assert found.value == pytest.approx(float(x.mean()))

@@ -43,16 +43,13 @@ def fits(batch, row, other):
     """Whether a row is a source of another, by the definition in the words of the issue."""
     n = batch.n_pairs
     a, b = row % n, other % n
-    other_kind = row // n != other // n
-    swapped = int(batch.target[row]) == int(batch.foil[other]) and int(batch.foil[row]) == int(
-        batch.target[other]
-    )
-    same_words = any(
-        of[a] and of[a] == of[b] for f, of in batch.groups.items() if f not in ("frame", "form")
-    )
-    return a != b and other_kind and swapped and int(batch.last[row]) == int(
-        batch.last[other]
-    ) and not same_words  # fmt: skip
+    if a == b or row // n == other // n:
+        return False
+    same_length = bool(batch.last[row] == batch.last[other])
+    swapped = batch.target[row] == batch.foil[other] and batch.foil[row] == batch.target[other]
+    words = [of for f, of in batch.groups.items() if f not in ("frame", "form")]
+    same_words = any(of[a] and of[a] == of[b] for of in words)
+    return same_length and bool(swapped) and not same_words
 
 
 def frames_shared(batch, row, other):
@@ -93,10 +90,7 @@ def test_every_source_of_every_built_in_task_fits_its_prompt_and_no_frame_is_kep
             n_sources += 1
         for pair in set(wanted.tolist()) - set(kept.tolist()):
             none = [not any(fits(batch, row, o) for o in range(2 * n)) for row in (pair, pair + n)]
-            assert any(none), (
-                batch.task,
-                pair,
-            )  # a pair is left out only where one prompt has none
+            assert any(none), (batch.task, pair)  # it is left out only where a prompt has none
         if len(kept):
             assert sources.shape == here.ids.shape
     assert n_tasks >= 20 and n_sources > 250 and same_frame < 0.25 * n_sources

@@ -9,8 +9,7 @@ INTERRUPTED = 130
 """Exit status after Ctrl-C."""
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Write the report of a run and print its table; return the exit status."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m evals",
         description="Judge the claims about a run's circuits and measure its bridges, each beside "
@@ -26,6 +25,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="19 draws, 24 pairs and no facts")
     parser.add_argument("--no_facts", action="store_true", help="only what verdicts rest on")
     parser.add_argument("--fresh", action="store_true", help="measure again what is kept")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Write the report of a run and print its table; return the exit status."""
+    parser = _parser()
     args = parser.parse_args(arguments)
     for name in ("draws", "pairs"):
         if getattr(args, name) < 1:

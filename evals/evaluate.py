@@ -29,7 +29,7 @@ from sparse.tasks.score import positions_of, score_batch
 from sparse.tasks.suite import get_task, task_names
 from sparse.tasks.task import Task
 
-from .cache import bridges_mark, circuit_mark, kept
+from .cache import bridges_mark, circuit_mark, fingerprint, kept
 
 QUICK = {"draws": 19, "max_pairs": 24, "facts": False}
 """Smaller settings: the fewest draws that can hold at p = 0.05, fewer pairs, no rows of facts."""
@@ -51,7 +51,6 @@ class _Job:
 
     run: Run
     found: Mapping[str, Circuit]
-    names: Sequence[str]
     others: Trials
     """Test trials of all tasks that the dense model does."""
     family: Mapping[str, str]
@@ -166,54 +165,48 @@ def evaluate_run(
     settings = {"draws": draws, "max_pairs": max_pairs, "facts": facts} | (QUICK if quick else {})
     found = run.circuits()
     names = _names(run, found, tasks)
-    untested = {n: "its task has no test pairs" for n, c in found.items() if not c.task.test}
-    skipped = run.skipped() | untested if tasks is None else {}
-    others = _done_by_dense(run, found) if names else []
+    folder = None if cache is None else Path(cache)
+    others = _done_by_dense(run, found, folder) if names else []
     bar = tqdm(total=_ticks(settings, names, found), desc="evaluate", disable=not progress)
     with bar:
         job = _Job(
             run=run,
             found=found,
-            names=names,
             others=_trials(run, found, names, others, settings["max_pairs"], seed),
             family={task.name: task.family for task in others},
             seed=seed,
-            cache=None if cache is None else Path(cache),
+            cache=folder,
             tick=bar.update,
             progress=progress,
             **settings,
         )
         bridges = _bridges(job, 16 if quick else None)
-        each = {}
-        for name in names:
-            bar.set_postfix_str(name)
-            each[name] = job.evaluation(name)
-    sections = {"Bridges": bridges}
-    for name, evaluation in each.items():
-        sections |= _sections(name, evaluation)
-    facts_of = {**settings, "seed": seed, "quick": quick, "tasks": names}
+        each = {name: job.evaluation(name) for name in names}
+    facts_of = {**settings, "seed": seed, "quick": quick, "tasks": names, "run": run.manifest}
+    untested = {n: "its task has no test pairs" for n, c in found.items() if not c.task.test}
+    skipped = run.skipped() | untested if tasks is None else {}
+    circuits = {name: found[name] for name in names}
     return Report(
         title=f"Sparse bridges: {run.manifest['dense']['name']}",
         claims=tuple(claim for evaluation in each.values() for claim in evaluation.claims),
-        sections=sections,
+        sections={"Bridges": bridges, **_sections(each)},
         pictures=_pictures(each),
-        graphs=tuple(graph(run.sparse, found[name]) for name in names),
-        notes=_notes({name: found[name] for name in names}, bridges, skipped, others),
-        provenance=provenance(**facts_of, run=run.manifest),
+        graphs=tuple(graph(run.sparse, circuit) for circuit in circuits.values()),
+        notes=_notes(circuits, bridges, skipped, others),
+        provenance=provenance(**facts_of),
     )
 
 
-def _sections(name: str, evaluation: Evaluation) -> dict[str, tuple[Score, ...]]:
-    """Return the rows of a circuit under two headings, one for each model."""
-    of = {
-        f"{name}{IN_THE_TWIN}": "circuit.",
-        f"{name}: the same circuit in the dense model": "transfer.",
-    }
-    found = {
-        heading: tuple(row for row in evaluation.rows if row.key.startswith(start))
-        for heading, start in of.items()
-    }
-    return {heading: rows for heading, rows in found.items() if rows}
+def _sections(each: Mapping[str, Evaluation]) -> dict[str, tuple[Score, ...]]:
+    """Return the rows of every circuit under two headings, one for each model."""
+    found = {}
+    for name, evaluation in each.items():
+        of = {IN_THE_TWIN: "circuit.", ": the same circuit in the dense model": "transfer."}
+        for ending, start in of.items():
+            rows = tuple(row for row in evaluation.rows if row.key.startswith(start))
+            if rows:
+                found[f"{name}{ending}"] = rows
+    return found
 
 
 def mapped_of(run: Run, circuit: Circuit) -> DenseCircuit:
@@ -238,21 +231,27 @@ def _names(run: Run, found: Mapping[str, Circuit], tasks: Sequence[str] | None) 
     return [name for name in names if tasks is None or name in tasks]
 
 
-def _done_by_dense(run: Run, found: Mapping[str, Circuit]) -> list[Task]:
+def _done_by_dense(run: Run, found: Mapping[str, Circuit], cache: Path | None) -> list[Task]:
     """Return the tasks that the dense model does: built-in ones, and those of its circuits."""
     own = {c.task.name: c.task for c in found.values() if ":nonsense" not in c.task.name}
     tasks = {name: get_task(name) for name in task_names()} | own
-    done = []
-    for task in tasks.values():
+    about = {
+        "dense": run.dense.fingerprint,
+        "vocabulary": fingerprint(run.tokenizer.get_vocab()),
+        "tasks": fingerprint({name: task.to_dict() for name, task in tasks.items()}),
+    }
+
+    def does(task: Task) -> bool:
         if not (task.validation and task.test):
-            continue
+            return False
         try:
             batches = task.batches(run.tokenizer, positions_of(run.dense, run.sparse))
         except ValueError:
-            continue  # the tokenizer cannot express it: `sparse.task_table` says why
-        if score_batch(run.dense, batches["validation"]).does:
-            done.append(task)
-    return done
+            return False  # the tokenizer cannot express it: `sparse.task_table` says why
+        return score_batch(run.dense, batches["validation"]).does
+
+    names = kept(cache, about, lambda: {"does": [n for n, task in tasks.items() if does(task)]})
+    return [tasks[name] for name in names["does"]]
 
 
 def _trials(

@@ -33,20 +33,17 @@ def main() -> None:
         prune = f"python examples/find_circuit.py {args.run_dir} --task {args.task}"
         sys.exit(f"{args.run_dir} has circuits for {list(found)}; first: {prune}")
     circuit = found[name]
-    beside = {
-        "nonsense": found.get(f"{name}:nonsense"),  # what the same search finds for nonsense
-        "namesakes": {
-            other: c
-            for other, c in found.items()
-            if ":nonsense" not in other and c.task.family != circuit.task.family
-        },
-        "draws": args.draws,
-        "seed": args.seed,
+    namesakes = {
+        other: c
+        for other, c in found.items()
+        if ":nonsense" not in other and c.task.family != circuit.task.family
     }
+    twin = found.get(f"{name}:nonsense")  # what the same search finds for nonsense
+    beside = dict(nonsense=twin, namesakes=namesakes, draws=args.draws, seed=args.seed)
     text = run.heldout()
     mapped = map_circuit(circuit, run.dense, run.bridges, sparse_model=run.sparse)
     in_twin = evaluate_circuit(run.sparse, circuit, run.tokenizer, blocks=text[:16], **beside)
-    others = [c.task for c in beside["namesakes"].values()]
+    others = [c.task for c in namesakes.values()]
     in_dense = evaluate_transfer(mapped, others=others, heldout=text[:16], **beside)
     report = Report(
         title=f"{name} in {run.dense.name}",
@@ -61,8 +58,7 @@ def main() -> None:
         provenance={"seed": args.seed, "draws": args.draws, "run": run.manifest},
     )
     print(table(report))
-    folder = args.output_dir or run.output / "evaluations" / name.replace(":", "-")
-    print("wrote", *report.save(folder))
+    print("wrote", *report.save(args.output_dir or run.output / "evaluations" / name))
 
 
 if __name__ == "__main__":

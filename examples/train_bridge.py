@@ -372,9 +372,7 @@ def report(args, run, say) -> None:
         f"python examples/find_circuit.py {run.folder} --task FILE.jsonl    your own task",
     ]
     if run.circuits():
-        next_.append(
-            f"python examples/map_to_dense.py {run.folder}    edit the dense model yourself"
-        )
+        next_ += [f"python examples/map_to_dense.py {run.folder}    edit the dense model yourself"]
     say("\n  ".join(["next:", *next_]))
 
 

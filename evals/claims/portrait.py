@@ -11,7 +11,8 @@ the dense residuals over train pairs, which needs neither a twin nor a bridge.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -20,9 +21,9 @@ from torch import Tensor
 from evals.scores.curve import Curve
 from evals.scores.paired import paired
 from evals.scores.pictures import Example, Point, Scatter
-from evals.scores.score import Score
+from evals.scores.score import Score, Unit
 from evals.scores.verdict import Claim
-from evals.trials.arms import Arm, Make, Splits
+from evals.trials.arms import Arm, Splits
 from evals.trials.dense_trial import Trial
 from sparse.circuits.circuit import Circuit
 from sparse.circuits.score import circuit_logits, last_logits
@@ -129,52 +130,48 @@ def rows(arms: Carrying, own: Splits, draws: int, seed: int) -> list[Score]:
     delta = arms.make(trial)(site)
     moved = trial.moved(trial.logits(site, delta))
     everything = trial.moved(trial.logits(site, arms.rivals["all_nodes"](trial)(site)))
-    turned = [make(trial)(site) for _, make in _first(arms, "rotations", draws, seed)]
+    turned = [make(trial)(site) for _, make in arms.empty(draws, seed)["rotations"]]
     apart = [arms.apart(seed + i)(trial)(site) for i in range(draws)]
     true = trial.true_difference()(site)
-    given = {"better": "higher", "seed": seed, "detail": {"site": site}}
+    of_turned = torch.stack([trial.moved(y) for y in trial.many(site, iter(turned))])
+    cosines = torch.stack([_cosine(d, true, trial) for d in turned])
+    lengths = torch.stack([_length(d, true, trial) for d in apart])
+    turning = WORDS["rotations"]
+    interchange = "P(other target), interchange with the pair's own counterfactual"
+    given: dict[str, Any] = {"better": "higher", "seed": seed, "detail": {"site": site}}
+
+    def row(key: str, name: str, unit: Unit, x: Tensor, draws: Tensor, control: str) -> Score:
+        return paired(
+            name, x, draws, key=f"transfer.{key}", unit=unit, control_name=control, **given
+        )
+
     return [
-        paired(
-            "P(other target), interchange with the pair's own counterfactual",
-            moved,
-            torch.stack([trial.moved(y) for y in trial.many(site, iter(turned))]),
-            key="transfer.interchange",
-            unit="probability",
-            control_name=WORDS["rotations"],
-            **given,
-        ),
-        paired(
+        row("interchange", interchange, "probability", moved, of_turned, turning),
+        row(
+            "interchange.all_nodes",
             "... beside all nodes: how much of what the bridge can carry",
+            "probability",
             moved,
             everything[None],
-            key="transfer.interchange.all_nodes",
-            unit="probability",
-            control_name="all nodes",
-            **given,
+            "all nodes",
         ),
-        paired(
+        row(
+            "cosine",
             "cosine of its delta with the true dense difference",
+            "cosine",
             _cosine(delta, true, trial),
-            torch.stack([_cosine(d, true, trial) for d in turned]),
-            key="transfer.cosine",
-            unit="cosine",
-            control_name=WORDS["rotations"],
-            **given,
+            cosines,
+            turning,
         ),
-        paired(
+        row(
+            "norm",
             "norm of its delta over that of the true difference",
+            "ratio",
             _length(delta, true, trial),
-            torch.stack([_length(d, true, trial) for d in apart]),
-            key="transfer.norm",
-            unit="ratio",
-            control_name="random nodes",
-            **given,
+            lengths,
+            "random nodes",
         ),
     ]
-
-
-def _first(arms: Carrying, family: str, draws: int, seed: int) -> Iterator[tuple[str, Make]]:
-    return arms.empty(draws, seed)[family]
 
 
 def _cosine(a: Tensor, b: Tensor, trial: Trial) -> Float[Tensor, " pair"]:

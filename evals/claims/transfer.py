@@ -17,6 +17,7 @@ from torch import Tensor
 from bridges.transfer.dense_circuit import DenseCircuit
 from evals.scores.pictures import Pictures
 from evals.scores.verdict import Claim
+from evals.trials.arms import Splits
 from evals.trials.matched import NONSENSE
 from evals.trials.nonsense import nonsense_of
 from evals.trials.prompts import splits, unrelated_splits, unrelated_trial
@@ -87,17 +88,23 @@ def evaluate_transfer(
     need = needed(own, circuit, beside, others, heldout=heldout, **options)
     if not facts or arms is None:
         return Evaluation(claims=(carried, need))
-    train = None
-    if circuit.task.train:
-        train, _ = unrelated_trial(mapped, circuit.task, tokenizer, "train", max_pairs, seed)
     return Evaluation(
         claims=(carried, need),
         rows=tuple(portrait.rows(arms, own, portrait.CURVE_DRAWS, seed)),
-        pictures=Pictures(
-            scatters=(portrait.scatter(arms, carried, train, seed),),
-            curves=(portrait.curve(arms, seed),),
-            examples=portrait.examples(own.test, circuit, tokenizer),
-        ),
+        pictures=_pictures(ask, arms, carried, own, seed),
+    )
+
+
+def _pictures(ask: Any, arms: Carrying, carried: Claim, own: Splits, seed: int) -> Pictures:
+    circuit, train = arms.circuit, None
+    if circuit.task.train:
+        train, _ = unrelated_trial(
+            ask.mapped, circuit.task, ask.tokenizer, "train", ask.max_pairs, seed
+        )
+    return Pictures(
+        scatters=(portrait.scatter(arms, carried, train, seed),),
+        curves=(portrait.curve(arms, seed),),
+        examples=portrait.examples(own.test, circuit, ask.tokenizer),
     )
 
 

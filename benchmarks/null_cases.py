@@ -37,6 +37,11 @@ NOISE = 8.0
 """Norm of the noise on a decoder, in norms of the decoder; its own norm is kept."""
 
 
+HARDER: dict[str, Any] = {"noise": 0.2, "distraction": 2.0, "margin": 3.0}
+"""Settings of every other planted truth: four times the noise on the dense weights, twice the
+distraction, and half the lead of the right answer."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Case:
     """A circuit, asked for the claims `kinds` on its own task."""
@@ -372,12 +377,15 @@ def ridge(run: Any, twin: SparseGPT, blocks: Tensor, penalty: float = 1e-2) -> B
 
 
 def planted(decoy: bool) -> Callable[[int, Path], Case]:
-    """Return the cases of planted pairs: truths, or decoys that do the task another way."""
+    """Return the cases of planted pairs: truths, or decoys that do the task another way.
+
+    Every other truth is a harder one.
+    """
 
     def case(i: int, folder: Path) -> Case:
         from bridges import plant_pair
 
-        pair = plant_pair(i, decoy=decoy)
+        pair = plant_pair(i, decoy=decoy, **({} if decoy or i % 2 else HARDER))
         found = pair.planted.circuits
         name = list(found)[i % len(found)]
         others = {n: c for n, c in found.items() if n != name}

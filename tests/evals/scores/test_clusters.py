@@ -81,6 +81,21 @@ def test_a_ratio_of_means_is_covered_in_95_of_100():
     assert 0.92 <= right / N_SETS <= 0.985
 
 
+def test_clusters_count_by_how_many_pairs_they_have():
+    """The mean is over pairs: its error is that of a ratio, sums over sizes, of the clusters."""
+    sizes = [1, 9] * 15
+    means = normal(4, 30) + torch.tensor(sizes) / 5  # large clusters lie higher
+    x = torch.cat([m.repeat(n) for m, n in zip(means, sizes, strict=True)])
+    frames = tuple(str(i) for i, n in enumerate(sizes) for _ in range(n))
+    found = resampled(x[:, None], {"frame": frames})
+    n = torch.tensor(sizes, dtype=torch.float64)
+    gap = n * (means - x.mean())
+    oracle = float((30 / 29 * gap.square().sum()).sqrt() / n.sum() * student.ppf(0.975, 29))
+    assert 1.96 * float(found.draws.std()) == pytest.approx(oracle, rel=0.06)
+    assert float(found.draws.mean()) == pytest.approx(float(x.mean()), abs=0.05)
+    assert abs(float(means.mean() - x.mean())) > 0.4  # control: every cluster counted alike
+
+
 def test_fewer_than_five_levels_give_no_interval():
     x, groups = shared(0, FEWEST - 1)
     found = resampled(x[:, None], groups)

@@ -156,8 +156,9 @@ def test_the_hardest_condition_is_what_fails_else_is_open_else_the_closest_rival
     assert claim(fine, far, near, ranked(0.05)).hardest.key == "near"
     assert claim(fine, near, far).hardest.key == "near"  # control: whatever the order
     assert claim(fine, ranked(0.05)).hardest.key == "share"
-    close = rival(0.05, 0.35, "higher", "small margin")  # margin 0.2 of half 0.15
-    assert claim(rival(1, 4, key="wide"), close).hardest.key == "small margin"
+    wide, narrow = rival(0.01, 4, key="wide"), rival(0.2, 0.3, key="narrow")
+    assert narrow.margin < wide.margin  # but its interval is farther from 0 in its own widths
+    assert claim(narrow, wide).hardest.key == "wide"
 
 
 def test_p_of_a_claim_is_the_largest_of_its_ranks():

@@ -128,8 +128,8 @@ def test_a_shared_frame_is_taken_only_where_there_is_no_other():
     assert sources[:2, 1].tolist() == [102, 102]  # not each other
     kept, sources = unrelated(planted([3, 3], frames=("a", "a")))
     assert kept.tolist() == [0, 1]
-    for seed in range(4):  # a pair that names no frame shares none
-        _, sources = unrelated(planted([3, 3, 3], frames=("", "", "")), seed=seed)
+    for seed in range(4):  # a pair that names nothing shares nothing, and is not its own source
+        _, sources = unrelated(planted([3, 3, 3], ("", "", ""), ("", "", "")), seed=seed)
         assert (sources[:3, 1] != torch.tensor([100, 101, 102])).all()
 
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .cost.step_time import StepTime, time_steps
     from .maps.bridge import BridgeConfig, BridgeSet
     from .maps.site_map import even_sites, fit_sites
+    from .planted import PlantedPair, plant_pair
     from .run_folder import Run, load_run, save_run
     from .task_circuits import choose_tasks, find_circuits
     from .training.config import CotrainConfig, LossWeights
@@ -31,6 +32,7 @@ __all__ = [
     "DenseCircuit",
     "LossWeights",
     "Plan",
+    "PlantedPair",
     "Run",
     "Steering",
     "StepTime",
@@ -43,6 +45,7 @@ __all__ = [
     "load_run",
     "map_circuit",
     "plan",
+    "plant_pair",
     "save_run",
     "time_steps",
     "validate",
@@ -64,6 +67,8 @@ _HOME = {
     "even_sites": "maps.site_map",
     "fit_sites": "maps.site_map",
     "validate": "training.validate",
+    "PlantedPair": "planted",
+    "plant_pair": "planted",
     "Run": "run_folder",
     "load_run": "run_folder",
     "save_run": "run_folder",

@@ -6,26 +6,34 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .claims.bridge import evaluate_bridge
     from .claims.circuit import evaluate_circuit
+    from .claims.claims import judge_circuit
     from .claims.transfer import evaluate_transfer
     from .evaluate import evaluate_run, write_report
     from .report.report import Report, table
     from .scores.score import Score
+    from .scores.verdict import Claim, Condition
 
 __version__ = "0.1.0"
 __sparse_bridges__ = "evals"
 __all__ = [
     "Score",
+    "Claim",
+    "Condition",
     "Report",
     "evaluate_bridge",
     "evaluate_circuit",
     "evaluate_transfer",
     "evaluate_run",
+    "judge_circuit",
     "write_report",
     "table",
 ]
 
 _HOME = {
     "Score": "scores.score",
+    "Claim": "scores.verdict",
+    "Condition": "scores.verdict",
+    "judge_circuit": "claims.claims",
     "Report": "report.report",
     "evaluate_bridge": "claims.bridge",
     "evaluate_circuit": "claims.circuit",

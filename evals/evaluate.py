@@ -1,48 +1,160 @@
-"""Measure every claim about a run folder, beside its controls, and write one report."""
+"""Judge every claim about a run folder, beside what could refute it, and write one report."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from bridges import Run, map_circuit
+from bridges import Run
+from bridges.transfer.dense_circuit import DenseCircuit
 from evals.claims.bridge import evaluate_bridge
-from evals.claims.circuit import evaluate_circuit, nonsense_at_size
-from evals.claims.transfer import measure_transfer
+from evals.claims.circuit import evaluate_circuit
+from evals.claims.claims import Trials, trials_of
+from evals.claims.evaluation import Evaluation
+from evals.claims.transfer import evaluate_transfer
 from evals.report.page import page
+from evals.report.replay import IN_THE_TWIN
 from evals.report.report import Report, provenance
 from evals.report.twin_card import twin_card
-from evals.scores.curve import Curve
+from evals.scores.pictures import Matrix, Pictures
 from evals.scores.score import Score
+from evals.scores.verdict import Claim
 from sparse.circuits.circuit import Circuit
 from sparse.circuits.view.graph import graph
+from sparse.tasks.score import positions_of, score_batch
+from sparse.tasks.suite import get_task, task_names
+from sparse.tasks.task import Task
 
-QUICK = {"max_pairs": 24, "curve_draws": 15, "strengths": (0.5, 1, 2, 4)}
-"""Smaller settings of `measure_transfer`: less precise, with the same kinds of controls."""
+from .cache import bridges_mark, circuit_mark, fingerprint, kept
+
+QUICK = {"draws": 19, "max_pairs": 24, "facts": False}
+"""Smaller settings: the fewest draws that can hold at p = 0.05, fewer pairs, no rows of facts."""
+FACT_BLOCKS = 16
+"""Held-out blocks on which the cost of an ablation, and of other text, is measured."""
 NO_ROOM = (
     "the dense model is no better than unigram frequencies on this text: there is no loss to "
     "recover, and those rows are left out"
 )
+ALONE = (
+    "no other task that the dense model does: the claim 'needed' says nothing of what else the "
+    "circuits are needed for"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """What is evaluated, and how."""
+
+    run: Run
+    found: Mapping[str, Circuit]
+    others: Trials
+    """Test trials of all tasks that the dense model does."""
+    family: Mapping[str, str]
+    """The family of each of these tasks."""
+    draws: int
+    max_pairs: int
+    facts: bool
+    seed: int
+    cache: Path | None
+    tick: Callable[[], object]
+    progress: bool
+
+    def mark(self) -> dict[str, Any]:
+        """Return what every part depends on."""
+        return {
+            "dense": self.run.dense.fingerprint,
+            "sparse": self.run.sparse.fingerprint(),
+            "bridges": bridges_mark(self.run.bridges),
+            "seed": self.seed,
+        }
+
+    def namesakes(self, name: str) -> dict[str, Circuit]:
+        """Return the true circuits of other families."""
+        own = self.found[name].task.family
+        return {
+            n: c for n, c in self.found.items() if ":nonsense" not in n and c.task.family != own
+        }
+
+    def evaluation(self, name: str) -> Evaluation:
+        """Return everything about one circuit, each half from the cache if it is there."""
+        beside = [f"{name}:nonsense", *self.namesakes(name)]
+        circuits = {n: circuit_mark(self.found[n]) for n in [name, *beside] if n in self.found}
+        about = self.mark() | {
+            "circuits": circuits,
+            "others": sorted(self.others),
+            "settings": [self.draws, self.max_pairs, self.facts],
+        }
+        halves = {"sparse": self._in_twin, "dense": self._in_dense}
+        twin, dense = (
+            Evaluation.from_dict(
+                kept(self.cache, about | {"in": model}, lambda make=make: make(name).to_dict())
+            )
+            for model, make in halves.items()
+        )
+        return Evaluation(
+            claims=(*twin.claims, *dense.claims),
+            rows=(*twin.rows, *dense.rows),
+            pictures=dense.pictures,
+        )
+
+    def _given(self, name: str) -> dict[str, Any]:
+        return {
+            "nonsense": self.found.get(f"{name}:nonsense"),
+            "namesakes": self.namesakes(name),
+            "draws": self.draws,
+            "max_pairs": self.max_pairs,
+            "facts": self.facts,
+            "seed": self.seed,
+            "tick": self.tick,
+        }
+
+    def _in_twin(self, name: str) -> Evaluation:
+        run, circuit = self.run, self.found[name]
+        blocks, options = run.heldout()[:FACT_BLOCKS], self._given(name)
+        return evaluate_circuit(
+            run.sparse, circuit, run.tokenizer, blocks=blocks, progress=self.progress, **options
+        )
+
+    def _in_dense(self, name: str) -> Evaluation:
+        run, circuit = self.run, self.found[name]
+        siblings = [n for n in self.others if self.family[n] == circuit.task.family]
+        return evaluate_transfer(
+            mapped_of(run, circuit),
+            tokenizer=run.tokenizer,
+            others=self.others.without(siblings),
+            heldout=run.heldout()[:FACT_BLOCKS],
+            **self._given(name),
+        )
 
 
 def evaluate_run(
     run: Run,
     *,
     tasks: Sequence[str] | None = None,
-    draws: int = 100,
+    draws: int = 39,
+    max_pairs: int = 64,
+    facts: bool = True,
     seed: int = 0,
     quick: bool = False,
+    cache: str | Path | None = None,
     progress: bool = False,
 ) -> Report:
-    """Return the report of a run: its bridges, then every circuit of it in both models.
+    """Return the report of a run: four claims about each of its circuits, and its bridges.
 
-    `tasks` picks circuits by task name; by default all are measured. Each circuit is compared with
-    the circuit that the run has for its nonsense twin, and with a circuit for the twin of its own
-    size. `draws` is the number of random directions, and of rotations, per claim. `quick` uses
-    fewer pairs, strengths and blocks. Raises ValueError for a task without a circuit.
+    - `tasks` picks circuits by task name; by default all are judged. Each is compared with the
+      circuit that the run has for its nonsense twin (one is learned if there is none) and with
+      those for tasks of other families.
+    - `draws` is the number k of each empty control, `max_pairs` the largest number of pairs of a
+      split, and `facts` adds rows and pictures on which no verdict rests.
+    - `quick` uses 19 draws, 24 pairs, fewer blocks and no facts: more claims cannot be told.
+    - `cache` is a folder in which finished parts are kept, so that an evaluation that was
+      interrupted goes on where it was (`run.output / "evaluated"` is what the command uses).
+
+    Raises ValueError for a task without a circuit.
 
     >>> from bridges import load_run
     >>> from evals import evaluate_run
@@ -50,42 +162,64 @@ def evaluate_run(
     >>> list(report.sections), report.notes
     (['Bridges'], ('no circuit in this run: only the bridges were measured',))
     """
+    settings = {"draws": draws, "max_pairs": max_pairs, "facts": facts} | (QUICK if quick else {})
     found = run.circuits()
     names = _names(run, found, tasks)
+    folder = None if cache is None else Path(cache)
+    others = _done_by_dense(run, found, folder) if names else []
+    bar = tqdm(total=_ticks(settings, names, found), desc="evaluate", disable=not progress)
+    with bar:
+        job = _Job(
+            run=run,
+            found=found,
+            others=_trials(run, found, names, others, settings["max_pairs"], seed),
+            family={task.name: task.family for task in others},
+            seed=seed,
+            cache=folder,
+            tick=bar.update,
+            progress=progress,
+            **settings,
+        )
+        bridges = _bridges(job, 16 if quick else None)
+        each = {name: job.evaluation(name) for name in names}
+    facts_of = {**settings, "seed": seed, "quick": quick, "tasks": names, "run": run.manifest}
     untested = {n: "its task has no test pairs" for n, c in found.items() if not c.task.test}
     skipped = run.skipped() | untested if tasks is None else {}
-    options: dict[str, Any] = {"seed": seed, "progress": progress}
-    stages = tqdm(["bridges", *names], desc="evaluate", disable=not progress)
-    with stages:
-        blocks = run.heldout()[: 16 if quick else None]
-        sections = {"Bridges": tuple(evaluate_bridge(run, blocks, **options))}
-        stages.update()
-        curves: list[Curve] = []
-        for name in names:
-            circuit, twin = found[name], found.get(f"{name}:nonsense")
-            rows = _in_the_sparse_model(run, circuit, twin, options)
-            mapped = map_circuit(circuit, run.dense, run.bridges, sparse_model=run.sparse)
-            smaller = QUICK if quick else {}
-            done = measure_transfer(mapped, draws=draws, **options, **smaller)
-            sections[f"{name}: the circuit in the sparse model"] = tuple(rows)
-            sections[f"{name}: the same circuit in the dense model"] = tuple(done.scores)
-            curves += done.curves
-            stages.update()
-    facts = {"seed": seed, "draws": draws, "quick": quick, "run": run.manifest}
+    circuits = {name: found[name] for name in names}
     return Report(
         title=f"Sparse bridges: {run.manifest['dense']['name']}",
-        sections=sections,
-        curves=tuple(curves),
-        graphs=tuple(graph(run.sparse, found[name]) for name in names),
-        notes=_notes({name: found[name] for name in names}, sections["Bridges"], skipped),
-        provenance=provenance(**facts),
+        claims=tuple(claim for evaluation in each.values() for claim in evaluation.claims),
+        sections={"Bridges": bridges, **_sections(each)},
+        pictures=_pictures(each),
+        graphs=tuple(graph(run.sparse, circuit) for circuit in circuits.values()),
+        notes=_notes(circuits, bridges, skipped, others),
+        provenance=provenance(**facts_of),
+    )
+
+
+def _sections(each: Mapping[str, Evaluation]) -> dict[str, tuple[Score, ...]]:
+    """Return the rows of every circuit under two headings, one for each model."""
+    found = {}
+    for name, evaluation in each.items():
+        of = {IN_THE_TWIN: "circuit.", ": the same circuit in the dense model": "transfer."}
+        for ending, start in of.items():
+            rows = tuple(row for row in evaluation.rows if row.key.startswith(start))
+            if rows:
+                found[f"{name}{ending}"] = rows
+    return found
+
+
+def mapped_of(run: Run, circuit: Circuit) -> DenseCircuit:
+    """Return the circuit in the run's dense model, without a site: every claim chooses its own."""
+    return DenseCircuit(
+        circuit=circuit, sparse=run.sparse, bridges=run.bridges, dense=run.dense, site=None
     )
 
 
 def _names(run: Run, found: Mapping[str, Circuit], tasks: Sequence[str] | None) -> list[str]:
-    """Return the names of the circuits to measure, without those of nonsense twins.
+    """Return the names of the circuits to judge, without those of nonsense twins.
 
-    A circuit whose task has no test pairs cannot be measured. Raises ValueError for a task in
+    A circuit whose task has no test pairs cannot be judged. Raises ValueError for a task in
     `tasks` that has no circuit.
     """
     names = [name for name, c in found.items() if not name.endswith(":nonsense") and c.task.test]
@@ -97,26 +231,106 @@ def _names(run: Run, found: Mapping[str, Circuit], tasks: Sequence[str] | None) 
     return [name for name in names if tasks is None or name in tasks]
 
 
-def _in_the_sparse_model(
-    run: Run, circuit: Circuit, twin: Circuit | None, options: Mapping[str, Any]
-) -> list[Score]:
-    """Return the scores of a circuit in the sparse model, with both circuits of its nonsense twin.
+def _done_by_dense(run: Run, found: Mapping[str, Circuit], cache: Path | None) -> list[Task]:
+    """Return the tasks that the dense model does: built-in ones, and those of its circuits."""
+    own = {c.task.name: c.task for c in found.values() if ":nonsense" not in c.task.name}
+    tasks = {name: get_task(name) for name in task_names()} | own
+    about = {
+        "dense": run.dense.fingerprint,
+        "vocabulary": fingerprint(run.tokenizer.get_vocab()),
+        "tasks": fingerprint({name: task.to_dict() for name, task in tasks.items()}),
+    }
 
-    `twin` is the one saved in the run; the other, of the circuit's size, is made here.
-    """
-    same = nonsense_at_size(run.sparse, circuit, run.tokenizer, twin)
-    return evaluate_circuit(
-        run.sparse, circuit, run.tokenizer, nonsense=twin, equal_size=same, **options
+    def does(task: Task) -> bool:
+        if not (task.validation and task.test):
+            return False
+        try:
+            batches = task.batches(run.tokenizer, positions_of(run.dense, run.sparse))
+        except ValueError:
+            return False  # the tokenizer cannot express it: `sparse.task_table` says why
+        return score_batch(run.dense, batches["validation"]).does
+
+    names = kept(cache, about, lambda: {"does": [n for n, task in tasks.items() if does(task)]})
+    return [tasks[name] for name in names["does"]]
+
+
+def _trials(
+    run: Run,
+    found: Mapping[str, Circuit],
+    names: Sequence[str],
+    tasks: Sequence[Task],
+    most: int,
+    seed: int,
+) -> Trials:
+    if not names:
+        return Trials(lambda name: {}[name], ())
+    return trials_of(mapped_of(run, found[names[0]]), tasks, run.tokenizer, most, seed)
+
+
+def _ticks(settings: Mapping[str, Any], names: Sequence[str], found: Mapping[str, Circuit]) -> int:
+    """Return how many steps the claims of these circuits have: draws, rivals and namesakes."""
+    circuits = sum(":nonsense" not in name for name in found)
+    return len(names) * (8 * settings["draws"] + 4 + circuits)
+
+
+def _bridges(job: _Job, blocks: int | None) -> tuple[Score, ...]:
+    heldout = job.run.heldout()[:blocks]
+    about = job.mark() | {"blocks": len(heldout)}
+
+    def make() -> dict[str, Any]:
+        rows = evaluate_bridge(job.run, heldout, seed=job.seed, progress=job.progress)
+        return {"rows": [row.to_dict() for row in rows]}
+
+    return tuple(map(Score.from_dict, kept(job.cache, about, make)["rows"]))
+
+
+def _pictures(each: Mapping[str, Evaluation]) -> Pictures:
+    """Return the pictures of all circuits, with the matrix of harms by circuit and task."""
+    of = [evaluation.pictures for evaluation in each.values()]
+    matrix = specificity([evaluation["needed"] for evaluation in each.values()])
+    return Pictures(
+        scatters=tuple(x for p in of for x in p.scatters),
+        curves=tuple(x for p in of for x in p.curves),
+        matrices=() if matrix is None else (matrix,),
+        examples=tuple(x for p in of for x in p.examples),
+    )
+
+
+def specificity(claims: Sequence[Claim]) -> Matrix | None:
+    """Return the harm to every task (column) of ablating every circuit (row) in the dense model."""
+    rows: dict[str, dict[str, float]] = {}
+    for claim in claims:
+        harms = {
+            c.key.partition(".")[2]: c.against for c in claim.conditions if "specific." in c.key
+        }
+        if harms:
+            rows[claim.task] = {claim.task: claim.value, **harms}
+    columns = list(dict.fromkeys([*rows, *(name for harms in rows.values() for name in harms)]))
+    if not rows:
+        return None
+    return Matrix(
+        name="harm to the column's task of ablating the row's circuit in the dense model",
+        unit="fraction",
+        rows=tuple(rows),
+        columns=tuple(columns),
+        values=tuple(tuple(harms.get(name) for name in columns) for harms in rows.values()),
     )
 
 
 def _notes(
-    circuits: Mapping[str, Circuit], bridges: Sequence[Score], skipped: Mapping[str, str]
+    circuits: Mapping[str, Circuit],
+    bridges: Sequence[Score],
+    skipped: Mapping[str, str],
+    others: Sequence[Task],
 ) -> tuple[str, ...]:
     """Return what a reader must know before believing the numbers."""
     notes = [f"{name}: {note}" for name, circuit in circuits.items() for note in circuit.notes]
     if not circuits:
         notes.append("no circuit in this run: only the bridges were measured")
+    elif {task.family for task in others} <= {c.task.family for c in circuits.values()} and len(
+        circuits
+    ) == 1:
+        notes.append(ALONE)
     notes += [f"{name} was left out: {' '.join(why.split())}" for name, why in skipped.items()]
     if not any(row.key.startswith("bridge.recovered") for row in bridges):
         notes.append(NO_ROOM)

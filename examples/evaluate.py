@@ -1,4 +1,4 @@
-"""Test the three claims of a run one at a time, each beside its control, and keep the report.
+"""Judge the four claims about one circuit of a run, and keep the report.
 
     python examples/evaluate.py runs/tiny-demo --task single_double_quote
 
@@ -17,7 +17,7 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=shape)
     p.add_argument("run_dir", help="a run folder with the circuit (examples/find_circuit.py)")
     p.add_argument("--task", default="single_double_quote")
-    p.add_argument("--draws", type=int, default=100, help="random directions per claim")
+    p.add_argument("--draws", type=int, default=39, help="draws of every empty control")
     p.add_argument("--seed", type=int, default=0, help="seed of every control")
     p.add_argument("--output_dir", help="default: RUN_DIR/evaluations/TASK")
     args = p.parse_args()
@@ -33,24 +33,32 @@ def main() -> None:
         prune = f"python examples/find_circuit.py {args.run_dir} --task {args.task}"
         sys.exit(f"{args.run_dir} has circuits for {list(found)}; first: {prune}")
     circuit = found[name]
-    twin = found.get(f"{name}:nonsense")
-    mapped = map_circuit(circuit, run.dense, run.bridges, sparse_model=run.sparse)
-    claims = {
-        "the bridges join the models": evaluate_bridge(run, run.heldout(), seed=args.seed),
-        "the circuit does the task": evaluate_circuit(
-            run.sparse, circuit, run.tokenizer, nonsense=twin, seed=args.seed
-        ),
-        "it moves the dense model": evaluate_transfer(mapped, draws=args.draws, seed=args.seed),
+    namesakes = {
+        other: c
+        for other, c in found.items()
+        if ":nonsense" not in other and c.task.family != circuit.task.family
     }
+    twin = found.get(f"{name}:nonsense")  # what the same search finds for nonsense
+    beside = dict(nonsense=twin, namesakes=namesakes, draws=args.draws, seed=args.seed)
+    text = run.heldout()
+    mapped = map_circuit(circuit, run.dense, run.bridges, sparse_model=run.sparse)
+    in_twin = evaluate_circuit(run.sparse, circuit, run.tokenizer, blocks=text[:16], **beside)
+    others = [c.task for c in namesakes.values()]
+    in_dense = evaluate_transfer(mapped, others=others, heldout=text[:16], **beside)
     report = Report(
         title=f"{name} in {run.dense.name}",
-        sections={claim: tuple(scores) for claim, scores in claims.items()},
+        claims=(*in_twin.claims, *in_dense.claims),
+        sections={
+            "the bridges": tuple(evaluate_bridge(run, text, seed=args.seed)),
+            "in the sparse model": in_twin.rows,
+            "in the dense model": in_dense.rows,
+        },
+        pictures=in_dense.pictures,
         notes=circuit.notes,
         provenance={"seed": args.seed, "draws": args.draws, "run": run.manifest},
     )
     print(table(report))
-    folder = args.output_dir or run.output / "evaluations" / name.replace(":", "-")
-    print("wrote", *report.save(folder))
+    print("wrote", *report.save(args.output_dir or run.output / "evaluations" / name))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     p.add_argument("--prune", type=int, metavar="STEPS", help="prune the circuit anew, 600 is good")
-    p.add_argument("--draws", type=int, default=100, help="random directions to compare with")
+    p.add_argument("--draws", type=int, default=19, help="draws of every empty control")
     args = p.parse_args()
 
     import torch
@@ -44,10 +44,19 @@ def main() -> None:
         print(f"{run.tokenizer.decode(ids)!r}, then {other!r} rather than {own!r}:")
         print(f"    probability {p0:.3f}, steered {p1:.3f}")
 
-    found = evaluate_circuit(run.sparse, circuit, run.tokenizer, draws=args.draws // 5)
-    moved = evaluate_transfer(mapped, draws=args.draws, max_pairs=24)
-    rows = {"sparse model": tuple(found), "dense model": tuple(moved)}
-    print("\n" + table(Report(title=task.meaning, sections=rows)))
+    found = run.circuits()
+    given = {
+        "nonsense": None if args.prune else found[f"{task.name}:nonsense"],  # None: learned now
+        "namesakes": {name: found[name] for name in ("while_return_true", "else_elif")},
+        "draws": args.draws,
+        "max_pairs": 24,
+        "facts": False,
+    }
+    others = [found[name].task for name in ("while_return_true", "else_elif")]
+    in_twin = evaluate_circuit(run.sparse, circuit, run.tokenizer, **given)
+    in_dense = evaluate_transfer(mapped, others=others, **given)
+    claims = (*in_twin.claims, *in_dense.claims)
+    print("\n" + table(Report(title=task.meaning, claims=claims, sections={})))
 
 
 if __name__ == "__main__":

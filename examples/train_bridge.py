@@ -356,7 +356,8 @@ def report(args, run, say) -> None:
     """Test everything beside its controls, print the table and what to do next."""
     from evals import evaluate_run, table, write_report
 
-    result = evaluate_run(run, seed=args.seed, quick=args.preset == "smoke", progress=True)
+    quick, kept = args.preset == "smoke", run.output / "evaluated"
+    result = evaluate_run(run, seed=args.seed, quick=quick, cache=kept, progress=True)
     paths = write_report(run, result)
     say(table(result))
     say("\nwrote " + "\n      ".join(str(path) for path in paths))
@@ -371,9 +372,7 @@ def report(args, run, say) -> None:
         f"python examples/find_circuit.py {run.folder} --task FILE.jsonl    your own task",
     ]
     if run.circuits():
-        next_.append(
-            f"python examples/map_to_dense.py {run.folder}    edit the dense model yourself"
-        )
+        next_ += [f"python examples/map_to_dense.py {run.folder}    edit the dense model yourself"]
     say("\n  ".join(["next:", *next_]))
 
 

@@ -19,6 +19,7 @@ from .circuits.circuit import Circuit
 from .circuits.extract.circuit_module import extract
 from .circuits.mask import masked
 from .circuits.means import node_means
+from .circuits.planted import Planted, plant
 from .circuits.pruning.config import PruneConfig
 from .circuits.pruning.prune import prune
 from .circuits.score import last_logits
@@ -56,6 +57,7 @@ __all__ = [
     "Circuit",
     "Metric",
     "Pair",
+    "Planted",
     "PretrainConfig",
     "Pretraining",
     "PruneConfig",
@@ -81,6 +83,7 @@ __all__ = [
     "masked",
     "node_means",
     "pack",
+    "plant",
     "prefix_ids",
     "pretrain",
     "project_",

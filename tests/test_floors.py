@@ -22,8 +22,8 @@ WINGS = {  # package: its wings (and files that stand beside them), ground floor
     "sparse": "storage ops | tasks text model | training circuits | release",
     "dense": "twin | fingerprint | inputs | sites | probe | stand_ins | proof | load | model | "
     "edit | traced | open",
-    "bridges": "protocol losses | maps | training run_folder | cost transfer task_circuits",
-    "evals": "scores | claims report | evaluate | __main__",
+    "bridges": "protocol losses | maps | planted training run_folder | cost transfer task_circuits",
+    "evals": "scores | trials | claims report cache | evaluate | __main__",
 }
 PACKAGES = tuple(WINGS)
 MAX_FILE, MAX_FUNCTION = 300, 45  # lines of code; docstrings, comments and blank lines are free

@@ -24,9 +24,7 @@ from torch import Tensor
 
 from evals.scores.clusters import FEWEST, fixed, resampled
 from evals.scores.verdict import Claim, Condition, favours, outranks, premise, threshold
-from sparse.circuits.circuit import Circuit
-
-from .arms import (
+from evals.trials.arms import (
     Arm,
     Make,
     Splits,
@@ -38,9 +36,11 @@ from .arms import (
     steering,
     turned,
 )
-from .dense_trial import Decoded, Deltas, Trial
+from evals.trials.dense_trial import Decoded, Deltas, Trial
+from evals.trials.matched import NONSENSE, apart, at_size, called
+from sparse.circuits.circuit import Circuit
+
 from .judge import judged
-from .matched import NONSENSE, apart, at_size, called
 from .twin import LEAST
 
 ROOM = 0.1
@@ -83,6 +83,10 @@ class Carrying:
             ),
         }
 
+    def apart(self, seed: int) -> Make:
+        """Return the deltas of random nodes, at the length that they have."""
+        return steering(apart(self.circuit, seed))
+
     def reached(self, name: str, make: Make) -> Arm | None:
         """Return an arm at its own site, scaled to the circuit's share; None where it never is."""
         arm = self.splits.placed(name, make, share)
@@ -116,6 +120,30 @@ def carries(
     `namesakes` are circuits by name: "nonsense", whose ranking is cut to the circuit's size, and
     those of tasks of other families. `unmatched` pairs had no source and are not in the trials.
     """
+    return carrying(
+        splits,
+        circuit,
+        namesakes,
+        draws=draws,
+        seed=seed,
+        unmatched=unmatched,
+        stop_early=stop_early,
+        tick=tick,
+    )[0]
+
+
+def carrying(
+    splits: Splits,
+    circuit: Circuit,
+    namesakes: Mapping[str, Circuit],
+    *,
+    draws: int = 39,
+    seed: int = 0,
+    unmatched: int = 0,
+    stop_early: bool = False,
+    tick: Tick = lambda: None,
+) -> tuple[Claim, Carrying | None]:
+    """Return claim 3 as `carries` does, and the arms that were compared; None where none were."""
     trial = splits.test
     gap = float((trial.p_cf - trial.p_0).mean())
     told = premise(
@@ -124,12 +152,12 @@ def carries(
     facts = {"unmatched pairs": unmatched, **about(trial), "P": float(trial.p_0.mean())}
     name = circuit.task.name
     if told.state != "holds":
-        return judged("carries", name, 0.0, "fraction", iter([told]), facts)
+        return judged("carries", name, 0.0, "fraction", iter([told]), facts), None
     arms = Carrying(splits, circuit, namesakes)
     own = share(trial, arms.logits)
     facts |= {"site": arms.own.site, "share on validation": arms.own.on_validation}
     conditions = _conditions(arms, told, own, draws, seed, tick, facts)
-    return judged("carries", name, own, "fraction", conditions, facts, stop_early)
+    return judged("carries", name, own, "fraction", conditions, facts, stop_early), arms
 
 
 def _conditions(

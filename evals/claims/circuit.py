@@ -1,235 +1,163 @@
-"""Measure a circuit in the sparse model, on held-out pairs, beside circuits drawn at random.
+"""Test a circuit in the sparse model: is it sufficient, is it necessary, and what else is so.
+
+The two claims are in twin.py. The rows are facts beside controls, on which no verdict rests:
 
     sufficiency  task loss when everything outside the circuit is ablated       nats, lower
     necessity    task loss when the circuit alone is ablated                    nats, higher
-    fidelity     KL(full || circuit) at the scored position, whole vocabulary   nats, lower
+    nodes, edges its size, beside that of its nonsense twin's circuit and of random circuits
 
-Ablated nodes are held at a fixed value, their mean over training text or zero. Every mean is over
-pairs, the independent unit; the value of a pair is the mean over its two contexts.
+and those of facts.py. Every mean is over pairs; the value of a pair is the mean over its two
+contexts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Int
 from torch import Tensor
-from tqdm import tqdm
 
-from bridges.losses.quantities import kl_nats
-from evals.scores.paired import counted, paired, per_pair
+from evals.scores.paired import counted, paired
 from evals.scores.score import Score
+from evals.trials.matched import NONSENSE, activity_of, apart
+from evals.trials.nonsense import nonsense_of
+from evals.trials.prompts import picked
+from evals.trials.twin_trial import TwinTrial, measuring
 from sparse.circuits.circuit import Circuit
-from sparse.circuits.graph import nodes_of
-from sparse.circuits.means import load_means
-from sparse.circuits.pruning.config import PruneConfig
-from sparse.circuits.pruning.learn import learn
-from sparse.circuits.score import circuit_logits, last_logits
 from sparse.model.gpt import SparseGPT
-from sparse.tasks.batch import TaskBatch, task_nats
-from sparse.tasks.nonsense import easier_nonsense, is_nonsense_of
 from sparse.tasks.score import positions_of
+from sparse.tasks.task import Task
+
+from .evaluation import Evaluation
+from .facts import twin_facts
+from .twin import necessary, sufficient
 
 RANDOM = "random circuits of equal size"
 OTHERS = "random sets of equally many other nodes"
-Masks = Mapping[str, Tensor]
-Measure = Callable[[Circuit], Tensor]
+FACT_DRAWS = 10
+"""Random circuits beside each fact."""
 
 
-class _Split:
-    """One split of the circuit's task in the sparse model; measures any circuit on it."""
-
-    def __init__(self, model: SparseGPT, circuit: Circuit, batch: TaskBatch) -> None:
-        self.model, self.circuit, self.batch = model, circuit, batch
-        self.full = last_logits(model, batch)
-
-    def sufficient(self, c: Circuit, ablation: Masks) -> Float[Tensor, " pair"]:
-        """Return the task loss, in nats, with everything outside `c` ablated."""
-        return per_pair(task_nats(self._logits(c.masks(), ablation), self.batch))
-
-    def necessary(self, c: Circuit) -> Float[Tensor, " pair"]:
-        """Return the task loss, in nats, with the nodes of `c` ablated and no others."""
-        rest = {at: ~mask for at, mask in c.masks().items()}
-        return per_pair(task_nats(self._logits(rest, self.circuit.ablation), self.batch))
-
-    def fidelity(self, c: Circuit) -> Float[Tensor, " pair"]:
-        """Return KL(full || c) in nats at the scored position, over the whole vocabulary."""
-        return per_pair(kl_nats(self.full, self._logits(c.masks(), self.circuit.ablation)))
-
-    def detail(self) -> dict[str, Any]:
-        """Return what a reader needs beside the rows: the full model, the empty circuit, ..."""
-        circuit, batch = self.circuit, self.batch
-        empty = self.sufficient(circuit.with_nodes([], "none"), circuit.ablation)
-        return {
-            "split": batch.split,
-            "pairs": batch.n_pairs,
-            "full model": float(task_nats(self.full, batch).mean()),
-            "everything ablated": float(empty.mean()),
-            "target loss": circuit.target_loss,
-            "targets": [list(pair) for pair in batch.targets],
-            "dropped pairs": batch.dropped,
-            "levels": batch.levels(),
-        }
-
-    def _logits(self, keep: Masks, ablation: Masks) -> Float[Tensor, "prompt vocab"]:
-        return circuit_logits(self.model, self.batch, keep, ablation)
-
-
-@torch.no_grad()
 def evaluate_circuit(
     model: SparseGPT,
     circuit: Circuit,
     tokenizer: Any,
     *,
     nonsense: Circuit | None = None,
-    equal_size: Circuit | None = None,
-    means: Mapping[str, Tensor] | None = None,
-    draws: int = 20,
-    split: str = "test",
+    namesakes: Mapping[str, Circuit] | None = None,
+    task: Task | None = None,
+    blocks: Int[Tensor, "block pos"] | None = None,
+    draws: int = 39,
+    max_pairs: int = 64,
+    facts: bool = True,
     seed: int = 0,
     progress: bool = False,
-) -> list[Score]:
-    """Return the scores of `circuit` on a split of its task, beside random circuits of equal size.
+    tick: Callable[[], object] = lambda: None,
+) -> Evaluation:
+    """Return the claims "sufficient" and "necessary" of a circuit, on the test split of its task.
 
-    There are `draws` random circuits. The nonsense twin of a task has the same prompts with
-    unrelated targets; if pruning finds a good circuit for it too, the method is too expressive and
-    the circuit says little. `nonsense` is the circuit that `prune` found for it, the control of the
-    size. `equal_size` is a circuit for it of this circuit's size (`nonsense_at_size`), the control
-    of the loss. Where both have the same number of nodes they share one row.
+    - `nonsense` is the circuit that `prune` found for the nonsense twin. Without one that was found
+      in the same way, masks for it are learned here, which takes as long as for the circuit.
+    - `namesakes` are circuits of tasks of other families, by name.
+    - `task` is another task to ask the circuit for, by default its own.
+    - `draws` is the number of random circuits, of at most `max_pairs` pairs.
+    - `facts` adds the rows of `twin_facts`; `blocks` is text of the run for one of them.
 
-    A circuit is scored under its own kind of ablation and, where possible, under the other kind
-    too. For a circuit found with zero ablation the other kind needs `means`; by default they are
-    read from the folder of the sparse model, and without them the row is left out. Raises
-    ValueError for a circuit of another model.
+    Raises ValueError for a circuit of another model.
 
     >>> from bridges import load_run
     >>> from evals import evaluate_circuit
     >>> run = load_run("tiny")
-    >>> circuit = run.circuits()["single_double_quote"]
-    >>> rows = evaluate_circuit(run.sparse, circuit, run.tokenizer, draws=3)
-    >>> rows[0].key, rows[0].unit, rows[0].outcome
-    ('circuit.sufficiency.mean', 'nats', 'beats')
+    >>> found = run.circuits()
+    >>> circuit, twin = found["else_elif"], found["else_elif:nonsense"]
+    >>> options = dict(nonsense=twin, draws=19, max_pairs=16, facts=False)
+    >>> evaluation = evaluate_circuit(run.sparse, circuit, run.tokenizer, **options)
+    >>> evaluation["sufficient"].outcome, evaluation.rows[0].key
+    ('positive', 'circuit.sufficiency')
     """
     circuit.check(model)
-    batch = circuit.task.batch(tokenizer, split, positions_of(model))
-    batch = batch.to(next(model.parameters()).device)
-    drawn = [circuit.random(model, seed + i) for i in range(draws)]
-    apart = [circuit.random(model, seed + i, outside=True) for i in range(draws)]
-    on_split = _Split(model, circuit, batch)
-    bar = tqdm(total=4 * (draws + 1), desc="circuit", disable=not progress, leave=False)
-
-    def row(key: str, name: str, measure: Measure, controls: list[Circuit], **more: Any) -> Score:
-        def measured(c: Circuit) -> Tensor:
-            bar.update()
-            return measure(c)
-
-        control = torch.stack([measured(c) for c in controls])
-        given = {"unit": "nats", "better": "lower", "control_name": RANDOM, "seed": seed}
-        given |= {"key": f"circuit.{key}", "detail": detail}
-        return paired(name, measured(circuit), control, **{**given, **more})
-
-    with bar:
-        detail = on_split.detail()
-        rows = []
-        for kind, values in _ablations(circuit, means).items():
-            measure = partial(on_split.sufficient, ablation=values)
-            name = f"sufficiency, {kind} ablation"
-            rows.append(row(f"sufficiency.{kind}", name, measure, drawn))
-        others = {"better": "higher", "control_name": OTHERS}
-        rows.append(row("necessity", "necessity", on_split.necessary, apart, **others))
-        rows.append(row("fidelity", "KL(full || circuit)", on_split.fidelity, drawn))
-    rows += _sizes(model, circuit, drawn, nonsense)
-    return rows + _twins(model, circuit, nonsense, equal_size, tokenizer, batch, seed)
+    nonsense = nonsense_of(model, circuit, tokenizer, nonsense)
+    asked = circuit if task is None else replace(circuit, task=task)
+    batch = asked.task.batch(tokenizer, "test", positions_of(model))
+    trial = TwinTrial(model, batch.take(picked(batch, max_pairs, seed)), seed)
+    beside = {NONSENSE: nonsense, **(namesakes or {})}
+    options: dict[str, Any] = {"draws": draws, "seed": seed, "tick": tick}
+    claims = (
+        sufficient(trial, asked, beside, **options),
+        necessary(trial, asked, beside, **options),
+    )
+    rows = _rows(trial, asked, nonsense, seed)
+    if facts:
+        rows += twin_facts(
+            model,
+            asked,
+            tokenizer,
+            blocks=blocks,
+            max_pairs=max_pairs,
+            seed=seed,
+            progress=progress,
+        )
+    return Evaluation(claims=claims, rows=tuple(rows))
 
 
-def _twins(
-    model: SparseGPT,
-    circuit: Circuit,
-    nonsense: Circuit | None,
-    equal_size: Circuit | None,
-    tokenizer: Any,
-    batch: TaskBatch,
-    seed: int,
-) -> list[Score]:
-    """Return the scores of the circuit's loss beside that of its nonsense twin's circuits.
-
-    It is one row where `nonsense` and `equal_size` have the same number of nodes.
-    """
-    twins: dict[str, Circuit] = {}
-    if equal_size is not None:
-        twins["nonsense.equal_size"] = equal_size
-    if nonsense is not None and (equal_size is None or len(nonsense) != len(equal_size)):
-        twins["nonsense.found_size"] = nonsense
-    return [_nonsense(model, circuit, t, tokenizer, batch, seed, k) for k, t in twins.items()]
-
-
-def nonsense_at_size(
-    model: SparseGPT, circuit: Circuit, tokenizer: Any, nonsense: Circuit | None = None
-) -> Circuit:
-    """Return the nonsense twin's circuit of this circuit's size.
-
-    Its nodes are the first of the ranking that learning the masks on the nonsense task gives, with
-    the settings with which this circuit was found. They are as many as this circuit had before its
-    clean-up, so the twin never has fewer nodes than the circuit. `nonsense` is what `prune` found
-    for the twin, in either direction; if it was found with the same settings its ranking is used.
-    Otherwise one is learned here, in the direction that the model likes better (`easier_nonsense`).
-    """
-    config = _config(circuit)
-    k = max(len(circuit), circuit.config.get("k_before_clean_up", 0))
-    if nonsense is not None and nonsense.ranking and is_nonsense_of(circuit.task, nonsense.task):
-        same = nonsense.model_fingerprint == circuit.model_fingerprint
-        if same and _config(nonsense) == config:
-            return nonsense.resized(k)
-    twin = easier_nonsense(circuit.task, model, tokenizer)
-    batch = twin.batch(tokenizer, "train", positions_of(model))
-    batch = batch.to(next(model.parameters()).device)
-    everything = nodes_of(circuit.ablation)
-    tau = learn(model.eval(), batch, config, circuit.ablation)
-    best = tau.argsort(descending=True, stable=True)[:k].tolist()
-    return replace(circuit.with_nodes([everything[i] for i in best], "nonsense"), task=twin)
+def _rows(trial: TwinTrial, circuit: Circuit, nonsense: Circuit, seed: int) -> list[Score]:
+    """Return losses and sizes of the circuit, beside random circuits."""
+    seeds = range(seed, seed + FACT_DRAWS)
+    detail = {
+        "split": trial.batch.split,
+        "pairs": trial.batch.n_pairs,
+        "full model": float(trial.full.mean()),
+        "target loss": circuit.target_loss,
+        "targets": [list(pair) for pair in trial.batch.targets],
+        "dropped pairs": trial.batch.dropped,
+        "levels": trial.batch.levels(),
+    }
+    with measuring(trial.model):
+        activity = activity_of(trial.model, circuit, trial.batch)
+        alone = torch.stack([trial.alone(apart(circuit, i)) for i in seeds])
+        without = torch.stack([trial.without(apart(circuit, i, activity)) for i in seeds])
+        own, harmed = trial.alone(circuit), trial.without(circuit)
+    return [
+        paired(
+            "sufficiency: all else at its mean",
+            own,
+            alone,
+            key="circuit.sufficiency",
+            unit="nats",
+            control_name=RANDOM,
+            better="lower",
+            detail=detail,
+            seed=seed,
+        ),
+        paired(
+            "necessity: the circuit at its mean",
+            harmed,
+            without,
+            key="circuit.necessity",
+            unit="nats",
+            control_name=OTHERS,
+            better="higher",
+            seed=seed,
+        ),
+        *_sizes(trial.model, circuit, nonsense, seed),
+    ]
 
 
-def _config(circuit: Circuit) -> PruneConfig:
-    known = PruneConfig.__dataclass_fields__
-    return PruneConfig.from_dict({k: v for k, v in circuit.config.items() if k in known})
-
-
-def _ablations(circuit: Circuit, means: Masks | None) -> dict[str, Masks]:
-    """Return the ablation values by kind: the circuit's own, then the other kind's if known."""
-    own: dict[str, Masks] = {circuit.ablation_kind: circuit.ablation}
-    if circuit.ablation_kind == "mean":
-        return own | {"zero": {at: torch.zeros_like(x) for at, x in circuit.ablation.items()}}
-    if means is None and circuit.source is not None:
-        means = load_means(circuit.source.folder, circuit.model_fingerprint)
-    return own if means is None else own | {"mean": means}
-
-
-def _sizes(
-    model: SparseGPT, circuit: Circuit, drawn: list[Circuit], nonsense: Circuit | None
-) -> list[Score]:
-    """Return the scores of the circuit's two sizes, its numbers of nodes and of edges.
-
-    The control of the nodes is the nonsense twin's circuit, or the whole model where there is none;
-    that of the edges is random circuits.
-    """
-    whole = {"of the whole model": circuit.n_total}
-    if nonsense is None:
-        draws, name = (circuit.n_total,), "the whole model"
-    else:
-        draws, name = (len(nonsense),), "the nonsense twin"
+def _sizes(model: SparseGPT, circuit: Circuit, nonsense: Circuit, seed: int) -> list[Score]:
+    """Return the numbers of nodes and of edges."""
+    drawn = [apart(circuit, i) for i in range(seed, seed + FACT_DRAWS)]
     nodes = counted(
         "nodes",
         len(circuit),
-        draws,
+        (len(nonsense),),
         key="circuit.nodes",
         unit="nodes",
-        control_name=name,
+        control_name="the nonsense twin's circuit",
         better="lower",
-        detail=whole,
+        detail={"of the whole model": circuit.n_total},
     )
     edges = counted(
         "edges among its nodes",
@@ -242,54 +170,3 @@ def _sizes(
         detail={"meaning": "more edges than chance: its nodes are wired to each other"},
     )
     return [nodes, edges]
-
-
-def _nonsense(
-    model: SparseGPT,
-    circuit: Circuit,
-    twin: Circuit,
-    tokenizer: Any,
-    batch: TaskBatch,
-    seed: int,
-    key: str,
-) -> Score:
-    """Return the score of the circuit's loss beside the nonsense twin's on the nonsense task.
-
-    Only pairs that the tokenizer leaves in both tasks are used, so that the contexts are the same.
-    """
-    twin.check(model)
-    other = twin.task.batch(tokenizer, batch.split, positions_of(model)).to(batch.ids.device)
-    place = {key: i for i, key in enumerate(_keys(other))}
-    both = [(i, place[key]) for i, key in enumerate(_keys(batch)) if key in place]
-    if len(both) < 2:
-        raise ValueError(
-            f"evaluate_circuit: {circuit.task.name} and {twin.task.name} share {len(both)} pairs "
-            f"of the {batch.split} split; pass the circuit of this task's own nonsense twin"
-        )
-    mine, theirs = torch.tensor(both, device=batch.ids.device).T
-    losses = []
-    for c, b, rows in ((circuit, batch, mine), (twin, other, theirs)):
-        scored = circuit_logits(model, b, c.masks(), c.ablation)
-        losses.append(per_pair(task_nats(scored, b))[rows])
-    full = task_nats(last_logits(model, other), other)
-    return paired(
-        f"nonsense twin ({len(twin)} nodes, the circuit {len(circuit)})",
-        losses[0],
-        losses[1][None],
-        key=f"circuit.{key}",
-        unit="nats",
-        control_name=f"the nonsense twin's circuit of {len(twin)} nodes",
-        better="lower",
-        detail={"full model on the nonsense task": float(full.mean())},
-        seed=seed,
-    )
-
-
-def _keys(batch: TaskBatch) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Return the tokens of the two contexts of every pair."""
-    tokens = [
-        tuple(ids[: last + 1])
-        for ids, last in zip(batch.ids.tolist(), batch.last.tolist(), strict=True)
-    ]
-    n = batch.n_pairs
-    return list(zip(tokens[:n], tokens[n:], strict=True))

@@ -20,12 +20,13 @@ def judged(
 ) -> Claim:
     """Return the claim with all its conditions.
 
-    `stop_early` leaves out those after the first that fails: the verdict is negative anyway.
+    `stop_early` leaves out those after the first that does not hold: the claim is not positive
+    then, whatever they say.
     """
     found = []
     for condition in conditions:
         found.append(condition)
-        if stop_early and condition.state == "fails":
+        if stop_early and condition.state != "holds":
             break
     return Claim(
         kind=kind, task=task, value=value, unit=unit, conditions=tuple(found), facts=dict(facts)

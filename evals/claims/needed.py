@@ -22,15 +22,15 @@ from bridges.losses.quantities import ce_nats
 from bridges.transfer.intervention import Ablation
 from evals.scores.clusters import Resampled, ratio, resampled
 from evals.scores.verdict import Claim, Condition, favours, outranks, premise, threshold
+from evals.trials.arms import Arm, Make, Splits, ablating, alike, mixed, once, turned
+from evals.trials.dense_trial import Decoded, Trial
+from evals.trials.matched import NONSENSE, activity_of, apart, called, outside
 from sparse.circuits.circuit import Circuit
 from sparse.tasks.batch import CHANCE
 from sparse.tasks.score import DOES
 
-from .arms import Arm, Make, Splits, ablating, alike, mixed, once, turned
 from .carries import WORDS, about
-from .dense_trial import Decoded, Trial
 from .judge import judged
-from .matched import NONSENSE, activity_of, apart, called, outside
 from .twin import LEAST
 
 Tick = Callable[[], object]

@@ -27,13 +27,13 @@ from torch import Tensor
 
 from evals.scores.clusters import fixed, ratio, resampled
 from evals.scores.verdict import Claim, Condition, favours, outranks, premise, threshold
+from evals.trials.matched import NONSENSE, activity_of, apart, at_size, called, outside
+from evals.trials.twin_trial import TwinTrial, measuring
 from sparse.circuits.circuit import Circuit
 from sparse.tasks.batch import CHANCE
 from sparse.tasks.score import DOES
 
 from .judge import judged
-from .matched import NONSENSE, activity_of, apart, at_size, called, outside
-from .twin_trial import TwinTrial, measuring
 
 LEAST = 0.25
 """Least harm, and least share, that a claim asks for."""
@@ -61,7 +61,7 @@ def sufficient(
     """Return claim 1: the circuit alone does the task, as the model does it.
 
     `namesakes` are circuits by name; that of the nonsense twin is called "nonsense". `stop_early`
-    leaves out the conditions after the first that fails. `tick` is called after every draw.
+    leaves out the conditions after the first that does not hold. `tick` is called after every draw.
     """
     with measuring(trial.model):
         alone = trial.alone(circuit)

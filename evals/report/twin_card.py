@@ -9,15 +9,15 @@ from typing import Any
 from evals.scores.score import Score
 from sparse.storage.card import Card, Metric
 
+from .cells import claim_number
+from .replay import IN_THE_TWIN
 from .report import CAVEAT, Report
 
-CIRCUIT = ": the circuit in the sparse model"
-"""How the heading of a circuit's section ends; the task's name stands before it."""
 TOLD = ("circuit.sufficiency", "circuit.necessity", "circuit.nodes", "circuit.nonsense")
 """The rows of such a section that the card repeats, by how their keys begin."""
 WHERE = (
-    "The run's report.md has every number with its standard error and its verdict, and so for the "
-    "bridges and for what the circuits do in the dense model."
+    "The run's report.md has every number with its standard error and its control, and every claim "
+    "with the reason of its verdict."
 )
 QUICK = "The report was a quick one, on fewer blocks than the run holds out."
 
@@ -44,7 +44,7 @@ def twin_card(report: Report, license: str = "unknown") -> Card:
         fingerprint=run.get("sparse", {}).get("fingerprint", ""),
         license=license,
         twin_of=run.get("dense", {}).get("name", ""),
-        notes="\n".join([WHERE, "", CAVEAT, "", *hints]),
+        notes="\n".join([WHERE, "", *_claims(report), CAVEAT, "", *hints]),
     )
 
 
@@ -61,6 +61,15 @@ def _text(data: Any) -> str:
     facts = data if isinstance(data, dict) else {}
     name, mark = facts.get("name") or "not recorded", facts.get("fingerprint")
     return f"{name}, sha256 {str(mark)[:16]}" if mark else str(name)
+
+
+def _claims(report: Report) -> list[str]:
+    """Return what was claimed of the circuits as a list: the claim, its outcome, its number."""
+    said = [
+        f"- {claim.task}: {claim.statement}: **{claim.outcome}**, {claim_number(claim)}"
+        for claim in report.claims
+    ]
+    return ["What was claimed of its circuits, and the verdict:", "", *said, ""] if said else []
 
 
 def _twin(report: Report) -> Iterator[Metric]:
@@ -84,9 +93,9 @@ def _twin(report: Report) -> Iterator[Metric]:
 def _circuits(report: Report) -> Iterator[Metric]:
     """Yield size and losses of every circuit, each beside its control (TOLD)."""
     for heading, row in report:
-        if heading.endswith(CIRCUIT) and row.key.startswith(TOLD):
+        if heading.endswith(IN_THE_TWIN) and row.key.startswith(TOLD):
             mean = f", mean over {row.n} pairs" if row.n > 1 else ""
-            task = heading.removesuffix(CIRCUIT)
+            task = heading.removesuffix(IN_THE_TWIN)
             yield _metric(f"{task}: {row.name}, {row.better} is better{mean}", row)
 
 

@@ -7,24 +7,16 @@ from functools import lru_cache
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional as F
 
 Change = Float[Tensor, "prompt pos d_dense"]
-
-
-def random_like(delta: Change, seed: int) -> Change:
-    """Return random directions, one per token, each of exactly the length of `delta` there."""
-    rng = torch.Generator().manual_seed(seed)
-    u = F.normalize(torch.randn(delta.shape, generator=rng), dim=-1).to(delta)
-    return u * delta.norm(dim=-1, keepdim=True)
 
 
 def rotated(delta: Change, seed: int) -> Change:
     """Return `delta` turned by one random rotation, which keeps all lengths and all angles in it.
 
-    This is the stricter control. Directions drawn anew at every token mostly cancel each other, so
-    any delta that is alike at many tokens can beat them, even that of an untrained decoder. A
-    rotated delta has the same structure over tokens; only its directions mean nothing.
+    A rotated delta has the same structure over tokens; only its directions mean nothing. Directions
+    drawn anew at every token would be no control: they mostly cancel each other, so that any delta
+    that is alike at many tokens can beat them, even that of an untrained decoder.
     """
     return delta @ rotation(delta.shape[-1], seed).to(delta)
 

@@ -45,15 +45,15 @@ RESAMPLES = 2000
 class Score:
     """One row of a report: a measurement beside the same measurement without its cause.
 
-    Give `draws`, or `control` alone when there is one draw. `rank`, `outcome` and `verdict` are
-    computed from the numbers (docs/method.md#scores). Raises ValueError where there is no control,
-    a number is not finite, or the numbers contradict each other.
+    Give `draws`, or `control` alone when there is one draw. `rank` and `outcome` are computed from
+    the numbers (docs/method.md#scores); a verdict belongs to a `Claim`. Raises ValueError where
+    there is no control, a number is not finite, or the numbers contradict each other.
 
     >>> score = Score(key="steering", name="P(other)", unit="probability", value=0.7, n=64,
     ...               stderr=0.01, draws=tuple(i / 1000 for i in range(100)),
     ...               control_name="random rotations")
-    >>> score.outcome, score.rank, score.verdict
-    ('beats', 100, 'beats 100 of 100 random rotations')
+    >>> score.outcome, score.rank, score.n_draws
+    ('beats', 100, 100)
     """
 
     name: str
@@ -83,8 +83,6 @@ class Score:
     """How many draws the value beats."""
     outcome: Outcome = field(init=False)
     """What interval and rank allow one to say, for a program to test."""
-    verdict: str = field(init=False)
-    """The outcome in words, for a reader."""
 
     def __post_init__(self) -> None:
         draws = tuple(self.draws) or (() if math.isnan(self.control) else (self.control,))
@@ -107,7 +105,6 @@ class Score:
         self._check(mean)
         set_(self, "rank", sum(self._beats(draw) for draw in draws))
         set_(self, "outcome", self._outcome())
-        set_(self, "verdict", self._verdict())
 
     def _check(self, mean: float) -> None:
         for name in ("name", "key"):
@@ -173,17 +170,6 @@ class Score:
             return "worse"
         return "indistinguishable"
 
-    def _verdict(self) -> str:
-        """Return the outcome in plain words, with the count of draws where there are several."""
-        k, name = self.n_draws, self.control_name
-        if self.outcome == "beats":
-            return f"beats {self.rank} of {k} {name}" if k > 1 else f"better than {name}"
-        if self.outcome == "worse":
-            count = f"{self.beaten_by} of {k} " if k > 1 else ""
-            return f"worse than its control ({count}{name})"
-        count = f"beats {self.rank} of {k} " if k > 1 else ""
-        return f"not distinguishable from its control ({count}{name})"
-
     def to_dict(self) -> dict[str, Any]:
         """Return the score as plain values; `from_dict` reads them back."""
         values = asdict(self)
@@ -194,13 +180,13 @@ class Score:
         """Return the score that `to_dict` wrote.
 
         `lacking` are computed fields that the file is too old to have. Raises ValueError for a
-        missing or unknown entry, and where rank, outcome or verdict contradict the numbers.
+        missing or unknown entry, and where rank or outcome contradict the numbers.
         """
         values = checked(cls, values, "score", complete=True, besides=lacking)
         given = {f.name: values[f.name] for f in fields(cls) if f.init}
         given |= {"draws": tuple(values["draws"]), "interval": tuple(values["interval"])}
         score = cls(**given)
-        for name in ("rank", "outcome", "verdict"):
+        for name in ("rank", "outcome"):
             if name not in lacking and values[name] != getattr(score, name):
                 raise ValueError(
                     f"score {score.name!r}: the file says {name} {values[name]!r}, its numbers say "

@@ -29,6 +29,8 @@ def test_a_task_that_both_models_do_gets_a_circuit_and_one_for_its_twin(run):
     found = find_circuits(run, [few("var_if")], HASTY, say=said.append)
     assert list(found.circuits) == ["var_if", "var_if:nonsense"] and not found.skipped
     assert len(said) == 2
+    pair = found.circuits["var_if:nonsense"].task.train[0]
+    assert (pair.target_1, pair.target_2) == (" This", " The")  # what this twin likes better
     again = find_circuits(run, [few("var_if")], HASTY, say=said.append)
     assert len(said) == 2, "circuits made just so are kept"
     assert again.circuits["var_if"].nodes == found.circuits["var_if"].nodes

@@ -1,6 +1,7 @@
 """A whole run folder, evaluated from the command line."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -13,8 +14,8 @@ import evals
 from bridges import BridgeConfig, BridgeSet, save_run
 from evals.__main__ import main
 from evals.evaluate import evaluate_run, write_report
+from evals.report.replay import differences
 from evals.report.report import Report
-from evals.report.schema_1 import with_keys
 from sparse.circuits.pruning.config import PruneConfig
 from sparse.circuits.pruning.prune import prune
 from sparse.circuits.view.graph import graph
@@ -43,34 +44,60 @@ def run(dense, sparse, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def report(run):
-    return evaluate_run(run, draws=5, quick=True)
+def kept(run):
+    return run.folder / "evaluated"  # where the command keeps its parts too
 
 
-def test_a_run_s_report_has_every_claim_beside_its_control(report, run):
+@pytest.fixture(scope="module")
+def report(run, kept):
+    return evaluate_run(run, quick=True, cache=kept)
+
+
+def test_a_run_s_report_judges_four_claims_of_its_circuit(report, run):
+    assert [claim.key for claim in report.claims] == [
+        f"{kind}/single_double_quote" for kind in ("sufficient", "necessary", "carries", "needed")
+    ]
+    assert report.provenance["run"]["dense"]["fingerprint"] == run.dense.fingerprint
+    assert report.provenance["draws"] == 19 and len(report.graphs) == 1
+
+
+def test_a_bridge_that_was_never_trained_carries_nothing(report):
+    assert {c.kind: c.outcome for c in report.claims}["carries"] != "positive"
+    assert {c.kind: c.outcome for c in report.claims}["needed"] != "positive"
+
+
+def test_every_row_stands_beside_its_control(report):
     names = [row.name for _, row in report]
     wanted = [f"site {s}: {what}" for s in range(5) for what in ("encoder FVU", "decoder FVU")]
-    wanted += ["sufficiency, mean ablation", "sufficiency, zero ablation", "necessity", "nodes"]
-    wanted += [
-        "steering, strength 1, v. directions",
-        "ablation, v. nodes",
-        "ablation, v. directions",
-    ]
+    wanted += ["sufficiency: all else at its mean", "necessity: the circuit at its mean", "nodes"]
     assert not set(wanted) - set(names)
-    assert sum(name.startswith("nonsense twin") for name in names) == 2
-    assert all(row.n_draws >= 1 and row.verdict for _, row in report)
-    assert report.provenance["run"]["dense"]["fingerprint"] == run.dense.fingerprint
-    assert len(report.curves) == len(report.graphs) == 1
+    assert all(row.n_draws >= 1 and row.outcome for _, row in report)
 
 
-def test_a_report_of_before_scores_had_keys_gets_the_keys_of_today(report):
-    for rows in report.sections.values():
-        old = [{k: v for k, v in row.to_dict().items() if k != "key"} for row in rows]
-        assert [row["key"] for row in with_keys(old)] == [row.key for row in rows]
+def test_the_matrix_has_the_circuit_s_own_harm_and_that_to_every_other_task(report):
+    needed = next(claim for claim in report.claims if claim.kind == "needed")
+    (matrix,) = report.pictures.matrices
+    harms = dict(zip(matrix.columns, matrix.values[0], strict=True))
+    assert matrix.rows == ("single_double_quote",) and len(harms) >= 5
+    assert harms.pop("single_double_quote") == needed.value
+    assert harms == {name: needed[f"specific.{name}"].against for name in harms}
 
 
-def test_the_same_seed_gives_the_same_report(report, run):
-    assert evaluate_run(run, draws=5, quick=True).sections == report.sections
+def test_what_is_finished_is_not_measured_again(report, run, kept, monkeypatch):
+    for name in ("evaluate_bridge", "evaluate_circuit", "evaluate_transfer"):
+        monkeypatch.setattr(f"evals.evaluate.{name}", None)  # a call would be an error
+    again = evaluate_run(run, quick=True, cache=kept)
+    assert again.claims == report.claims and again.sections == report.sections
+    with pytest.raises(TypeError):
+        evaluate_run(run, quick=True, cache=kept, seed=1)  # another seed is another measurement
+
+
+def test_a_report_can_be_measured_again_and_a_changed_number_is_seen(report, run):
+    assert report.verify(run) == []
+    claim = report.claims[0]
+    other = replace(report, claims=(replace(claim, value=claim.value + 0.1), *report.claims[1:]))
+    said = differences(other, report, 1e-4)
+    assert len(said) == 1 and "sufficient/single_double_quote" in said[0]
 
 
 def test_the_three_files_are_written_and_hold_the_same(report, run):
@@ -78,7 +105,8 @@ def test_the_three_files_are_written_and_hold_the_same(report, run):
     assert [p.name for p in paths] == ["report.json", "report.md", "report.html"]
     assert Report.load(run.folder) == report
     html = paths[2].read_text()
-    assert "loss" in html and "necessity" in html and "http" not in html
+    assert "loss" in html and "necessity" in html and "cannot tell" in html
+    assert not re.findall(r"(?:src|href)=.http", html)
 
 
 def test_the_graph_names_every_node_and_edge_of_the_circuit(run):
@@ -93,11 +121,22 @@ def test_the_graph_names_every_node_and_edge_of_the_circuit(run):
 
 
 def test_the_command_prints_the_table_and_the_paths(run, capsys):
-    options = ["--draws", "3", "--quick", "--tasks", "single_double_quote"]
+    options = ["--quick", "--tasks", "single_double_quote"]
     assert main([str(run.folder), *options]) == 0
     out = capsys.readouterr().out
-    assert "verdict" in out and "necessity" in out and str(run.folder / "report.html") in out
-    assert json.loads((run.folder / "report.json").read_text())["provenance"]["draws"] == 3
+    assert "the sparse model needs the circuit" in out and str(run.folder / "report.html") in out
+    assert json.loads((run.folder / "report.json").read_text())["provenance"]["draws"] == 19
+
+
+def test_an_interruption_is_said_and_loses_nothing(run, capsys, monkeypatch):
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    before = (run.folder / "report.json").read_bytes()
+    monkeypatch.setattr("evals.evaluate.evaluate_run", stop)
+    assert main([str(run.folder)]) == 130
+    assert "go on" in capsys.readouterr().err
+    assert (run.folder / "report.json").read_bytes() == before
 
 
 def test_a_folder_that_is_no_run_gets_a_clear_error_and_no_file(tmp_path, capsys):

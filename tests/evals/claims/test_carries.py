@@ -7,10 +7,10 @@ import torch
 
 from evals.claims import carries as module
 from evals.claims.carries import Carrying, carries, mean_difference, share, too_few
-from evals.claims.prompts import splits as paired_splits
-from evals.claims.prompts import unrelated_splits
 from evals.scores.clusters import resampled
 from evals.scores.controls import rotation
+from evals.trials.prompts import splits as paired_splits
+from evals.trials.prompts import unrelated_splits
 from sparse import get_task
 
 K, PAIRS = 19, 14

@@ -1,107 +1,62 @@
-"""Laws of a circuit's scores: whole and empty circuits, and one that was really found."""
+"""What `evaluate_circuit` returns: two claims, and rows of facts that follow from the losses."""
 
 from dataclasses import replace
 
 import pytest
-import torch
 
-from bridges import load_run
-from evals.claims.circuit import evaluate_circuit, nonsense_at_size
-from sparse.circuits.pruning.config import PruneConfig
-from sparse.circuits.pruning.learn import learn
-from sparse.circuits.pruning.prune import prune
+from evals.claims.circuit import evaluate_circuit
+from sparse.circuits.score import circuit_logits
 from sparse.tasks.batch import task_nats
-from sparse.tasks.nonsense import easier_nonsense, exchanged
 
-QUICK = PruneConfig(ablation="zero", n_steps=80, lr=5e-2, clean_up=0.0, target_loss=0.3)
-
-
-def named(rows):
-    return {row.name: row for row in rows}
+FEW = {"draws": 19, "max_pairs": 12, "facts": False}
 
 
 @pytest.fixture(scope="module")
-def found(sparse, task, dense):
-    return prune(sparse, task, QUICK, tokenizer=dense.tokenizer, force=True)
+def evaluated(tiny, quotes, nonsense):
+    return evaluate_circuit(tiny.sparse, quotes, tiny.tokenizer, nonsense=nonsense, **FEW)
 
 
-def test_the_whole_model_is_a_sufficient_circuit_and_so_is_its_control(
-    sparse, everything, task, dense
+def test_a_circuit_that_was_found_is_sufficient_and_necessary(evaluated, nonsense):
+    assert [claim.kind for claim in evaluated.claims] == ["sufficient", "necessary"]
+    assert [claim.outcome for claim in evaluated.claims] == ["positive", "positive"]
+    assert "namesake.nonsense" in {c.key for claim in evaluated.claims for c in claim.conditions}
+
+
+def test_its_rows_are_losses_and_sizes_beside_random_circuits(
+    evaluated, tiny, quotes, nonsense, batch_of
 ):
-    batch = task.batch(dense.tokenizer, "test")
-    full = float(task_nats(batch.scored(sparse(batch.ids).logits), batch).mean())
-    rows = named(evaluate_circuit(sparse, everything, dense.tokenizer, draws=3))
-    row = rows["sufficiency, zero ablation"]
-    assert row.value == pytest.approx(full, abs=1e-5)
-    assert row.detail["full model"] == pytest.approx(full, abs=1e-5)
-    assert row.gap == pytest.approx(0, abs=1e-9)
-    assert (row.rank, row.n) == (0, batch.n_pairs)
-    assert row.verdict.startswith("not distinguishable")
-    assert rows["KL(full || circuit)"].value == pytest.approx(0, abs=1e-6)
-    assert rows["necessity"].value == pytest.approx(row.detail["everything ablated"], abs=1e-6)
+    rows = {row.key: row for row in evaluated.rows}
+    batch = batch_of(quotes.task, pairs=12)
+    logits = circuit_logits(tiny.sparse, batch, quotes.masks(), quotes.ablation)
+    loss = float(task_nats(logits, batch).mean().detach())
+    assert rows["circuit.sufficiency"].value == pytest.approx(loss, abs=1e-5)
+    assert rows["circuit.sufficiency"].control > 2 * loss
+    assert rows["circuit.necessity"].value > 2 * rows["circuit.necessity"].control
+    assert rows["circuit.nodes"].value == len(quotes)
+    assert rows["circuit.nodes"].control == len(nonsense)
+    assert rows["circuit.edges"].value == len(quotes.edges(tiny.sparse))
 
 
-def test_a_circuit_that_was_found_beats_random_ones_and_is_necessary():
-    run = load_run("tiny")
-    circuit = run.circuits()["while_return_true"]
-    rows = named(evaluate_circuit(run.sparse, circuit, run.tokenizer, draws=20))
-    assert (
-        rows["sufficiency, mean ablation"].verdict == "beats 20 of 20 random circuits of equal size"
+def test_asked_on_another_task_it_is_no_circuit(tiny, quotes, nonsense, found):
+    other = found["indent_for"].task
+    asked = evaluate_circuit(
+        tiny.sparse, quotes, tiny.tokenizer, nonsense=nonsense, task=other, **FEW
     )
-    assert rows["necessity"].verdict.startswith("beats 20 of 20 random sets")
-    assert rows["edges among its nodes"].value == len(circuit.edges(run.sparse))
-    assert rows["nodes"].control == circuit.n_total
+    assert {claim.task for claim in asked.claims} == {"indent_for"}
+    assert [claim.outcome for claim in asked.claims] == ["negative", "negative"]
 
 
-def test_without_means_there_is_no_row_of_mean_ablation(sparse, found, dense):
-    rows = named(evaluate_circuit(sparse, found, dense.tokenizer, draws=2))
-    assert "mean ablation" not in " ".join(rows)
-
-
-def test_control_a_random_circuit_is_called_nothing(sparse, found, dense):
-    rows = named(evaluate_circuit(sparse, found.random(sparse, 99), dense.tokenizer, draws=20))
-    assert not rows["sufficiency, zero ablation"].verdict.startswith("beats")
-
-
-def test_the_second_kind_of_ablation_is_a_row_of_its_own(sparse, found, dense):
-    means = {at: torch.full((n,), 0.1) for at, n in sparse.node_widths().items()}
-    rows = named(evaluate_circuit(sparse, found, dense.tokenizer, draws=2, means=means))
-    zero, mean = (rows[f"sufficiency, {kind} ablation"] for kind in ("zero", "mean"))
-    assert zero.value != mean.value
-
-
-def test_the_nonsense_twin_of_equal_size_stands_beside_the_circuit(sparse, found, dense):
-    twin = nonsense_at_size(sparse, found, dense.tokenizer)
-    assert len(twin) == len(found) and twin.task.name == "single_double_quote:nonsense"
-    rows = evaluate_circuit(sparse, found, dense.tokenizer, draws=2, equal_size=twin)
-    row = next(r for r in rows if r.name.startswith("nonsense twin"))
-    assert f"{len(found)} nodes" in row.name and row.n_draws == 1
-    assert row.verdict.startswith("better than the nonsense twin's circuit")
-    # what `prune` found may have that very size: still one row of that name, as a report needs
-    again = evaluate_circuit(
-        sparse, found, dense.tokenizer, draws=2, equal_size=twin, nonsense=twin.random(sparse, 1)
+def test_facts_are_rows_of_their_own(tiny, quotes, nonsense, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "evals.claims.circuit.twin_facts", lambda *a, **k: asked.append((a, k)) or []
     )
-    assert [r for r in again if r.name.startswith("nonsense twin")] == [row]
+    options = {**FEW, "facts": True, "draws": 1}
+    evaluate_circuit(tiny.sparse, quotes, tiny.tokenizer, nonsense=nonsense, **options)
+    assert len(asked) == 1 and asked[0][0][1] is quotes
 
 
-def test_the_ranking_of_the_pruned_twin_saves_learning_it_again(sparse, found, dense, monkeypatch):
-    learned = nonsense_at_size(sparse, found, dense.tokenizer)
-    easier = easier_nonsense(found.task, sparse, dense.tokenizer)
-    assert learned.task == easier
-    twin = prune(sparse, easier, QUICK, tokenizer=dense.tokenizer, force=True)
-    unlike = replace(twin, config=twin.config | {"n_steps": 81})
-    calls = []
-    monkeypatch.setattr("evals.claims.circuit.learn", lambda *a: calls.append(a) or learn(*a))
-    assert nonsense_at_size(sparse, found, dense.tokenizer, twin).nodes == learned.nodes
-    turned = replace(twin, task=exchanged(easier))  # found in the other direction: taken as it is
-    same = nonsense_at_size(sparse, found, dense.tokenizer, turned)
-    assert same.task == turned.task and same.nodes == learned.nodes
-    assert not calls
-    for other in (None, unlike, replace(twin, ranking={}), replace(twin, task=found.task)):
-        assert nonsense_at_size(sparse, found, dense.tokenizer, other).nodes == learned.nodes
-    assert len(calls) == 4
-
-
-def test_a_circuit_of_another_model_is_refused(sparse, found, dense):
+def test_a_circuit_of_another_model_is_refused(tiny, quotes, nonsense):
+    stranger = replace(quotes, model_fingerprint="0")
     with pytest.raises(ValueError, match="fingerprint"):
-        evaluate_circuit(sparse, replace(found, model_fingerprint="0"), dense.tokenizer)
+        evaluate_circuit(tiny.sparse, stranger, tiny.tokenizer, nonsense=nonsense)

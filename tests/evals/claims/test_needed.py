@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from bridges import Ablation
-from evals.claims.arms import ablating
 from evals.claims.needed import harm, harm_to, needed, text_harm
-from evals.claims.prompts import paired_trial
-from evals.claims.prompts import splits as paired_splits
 from evals.scores.clusters import ratio, resampled
 from evals.scores.controls import of_length
+from evals.trials.arms import ablating
+from evals.trials.prompts import paired_trial
+from evals.trials.prompts import splits as paired_splits
 from sparse import get_task
 
 from .test_carries import permuted, turned

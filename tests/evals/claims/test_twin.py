@@ -5,8 +5,8 @@ import math
 import pytest
 
 from evals.claims.twin import LEAST, NEAR, SHARES, SLACK, necessary, sufficient
-from evals.claims.twin_trial import TwinTrial, measuring
 from evals.scores.clusters import resampled
+from evals.trials.twin_trial import TwinTrial, measuring
 from sparse import get_task
 from sparse.circuits.graph import nodes_of
 

@@ -1,143 +1,117 @@
 """The page: self-contained, escaped, small, and saying what the report says."""
 
-import random
+import html
 import re
+import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
 
-from evals.report.charts import Scale, training_charts
-from evals.report.page import LIMIT, TEMPLATE, page, save_page
-from evals.report.report import Report, provenance
-from evals.scores.curve import Curve
-from evals.scores.score import Score
+from evals.report.cells import chance
+from evals.report.page import LEGEND, LIMIT, TEMPLATE, page, save_page
+from evals.report.report import Report
+from evals.scores.pictures import Example, Pictures
 from sparse.circuits.view.layout import graph_layout
 
-ATTN = ("act_in", "q", "k", "v", "resid_delta")
-MLP = ("act_in", "post_act", "resid_delta")
-LOCATIONS = [
-    f"{i}.{at}"
-    for i in range(2)
-    for at in (*(f"attn.{x}" for x in ATTN), *(f"mlp.{x}" for x in MLP))
-]
 VOID = {"meta", "line", "path", "circle", "rect", "br"}
 
 
-def graph(per_location=4, seed=0):
-    rng = random.Random(seed)
-    nodes = [
-        {"id": f"{at}.{i}", "location": at, "index": i}
-        for at in LOCATIONS
-        for i in range(rng.randint(1, per_location))
-    ]
-    pairs = [("attn.act_in", "attn.q"), ("attn.act_in", "attn.k"), ("attn.act_in", "attn.v")]
-    pairs += [("attn.v", "attn.resid_delta"), ("mlp.act_in", "mlp.post_act")]
-    pairs += [("mlp.post_act", "mlp.resid_delta")]
-    edges = [
-        {"source": a["id"], "target": b["id"], "weight": rng.gauss(0, 1)}
-        for a in nodes
-        for b in nodes
-        if a["location"][0] == b["location"][0]
-        and (a["location"][2:], b["location"][2:]) in pairs
-        and rng.random() < 0.4
-    ]
-    links = [
-        {"source": a["id"], "target": b["id"]}
-        for a in nodes
-        for b in nodes
-        if a["location"].endswith("resid_delta") and b["location"] == "1.mlp.act_in"
-    ][:6]
-    names = {"name": "single_double_quote", "locations": LOCATIONS, "links": links}
-    return names | {"n_nodes": len(nodes), "n_edges": len(edges), "nodes": nodes, "edges": edges}
+@pytest.fixture(scope="module")
+def whole(report, log):
+    return page(report, log)
 
 
-def score(name, unit, value, draws, control_name, n=64, stderr=0.02, **more):
-    return Score(name=name, unit=unit, value=value, draws=tuple(draws), control_name=control_name,
-                 n=n, stderr=stderr, **more)  # fmt: skip
+def seen(text: str) -> str:
+    """The words of a page, without its tags."""
+    return html.unescape(re.sub(r"<[^>]+>", " ", text))
 
 
-@pytest.fixture
-def report():
-    rng = random.Random(0)
-    flat = [0.03 + 0.01 * rng.random() for _ in range(100)]
-    directions, circuits = "random directions of equal norm", "random circuits of equal size"
-    x = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
-    curve = Curve(
-        name="single_double_quote: steering the dense model",
-        x_label="strength",
-        y_label="P(target of the other context)",
-        x=x,
-        value=(0.02, 0.03, 0.06, 0.21, 0.62, 0.87, 0.91),
-        controls={
-            directions: tuple(
-                tuple(0.02 + 0.003 * s * rng.random() for s in x) for _ in range(100)
-            ),
-            circuits: tuple(tuple(0.02 + 0.001 * s * rng.random() for s in x) for _ in range(10)),
-        },
-        references={"full activation patch": (0.97,) * 7},
-    )
-    low = {"better": "lower"}
-    patch = {"detail": {"untouched": 0.02, "full activation patch": 0.97, "site": 3}}
-
-    def around(center, n=20):
-        return [center + 0.1 * rng.random() for _ in range(n)]
-
-    fvu = {"unit": "fraction", "draws": (2.1, 2.0, 2.2), "control_name": "untrained bridges"}
-    others = "random sets of equally many other nodes"
-    twin = "the nonsense twin's circuit of 59 nodes"
-    first = "steering, strength 1, v. directions"
-    steering = "steering, strength 8, best on validation, v. circuits"
-    sections = {
-        "Bridges": tuple(
-            score(f"site {s}: decoder FVU", value=0.7 - 0.02 * s, **fvu, **low) for s in range(5)
-        ),
-        "single_double_quote: the circuit in the sparse model": (
-            score("sufficiency, mean ablation", "nats", 0.11, around(0.9), circuits, **low),
-            score("necessity", "nats", 0.71, around(0.06), others),
-            score("nonsense twin (59 nodes, the circuit 59)", "nats", 0.11, [0.44], twin, **low),
-            score("KL(full || circuit)", "nats", 2.4, around(2.35), circuits, **low),
-        ),
-        "single_double_quote: the same circuit in the dense model": (
-            score(first, "probability", 0.21, flat, directions, **patch),
-            score(steering, "probability", 0.02, around(0.5, 10), circuits, **patch),
-        ),
-    }
-    run = {"dense": {"name": "tiny", "fingerprint": "a1"}, "data": {"name": "stdlib"}}
-    return Report(
-        title="Sparse bridges: tiny",
-        sections=sections,
-        curves=(curve,),
-        graphs=(graph(),),
-        notes=("single_double_quote: trained for 3 M tokens only",),
-        provenance=provenance(seed=0, draws=100, run=run),
-    )
-
-
-def log(n=600):
-    constant = {"lr/sparse": 1e-3, "name": "x", "density/matrices": 0.06}
-    return [
-        {"step": i, "loss/ce": 8 * (i + 1) ** -0.1, "loss/kl": 5 * (i + 1) ** -0.2} | constant
-        for i in range(n)
-    ]
-
-
-def test_the_page_says_what_the_report_says(report):
-    text = page(report, log())
+def test_the_page_says_what_the_report_says(report, whole):
+    text = seen(whole)
     for row in (row for _, row in report):
-        assert row.name.replace("'", "&#39;") in text
-        assert row.verdict.replace("'", "&#39;") in text
+        assert row.name in text and row.control_name in text
     for word in ("single_double_quote", "Drori 2026", "full activation patch", "3 M tokens"):
         assert word in text
+    assert "worse than the mean" in text and "verdict" in text
 
 
-def test_the_page_needs_no_network_and_is_small(report):
-    text = page(report, log())
-    assert not re.search(r"https?:|//\w|@import|url\(|src=|<link", text)
+def test_it_opens_with_every_claim_its_number_its_verdict_and_the_reason(report, whole):
+    text = whole
+    table = text[text.index('<table class="claims cards">') :]
+    table = table[: table.index("</table>")]
+    assert text.index("<h1>") < text.index("<table") == text.index('<table class="claims cards">')
+    rows = table.split("<tr ")[1:]
+    assert len(rows) == len(report.claims) == 12
+    for claim, row in zip(report.claims, map(seen, rows), strict=True):
+        for said in (claim.statement, claim.outcome, claim.reason, claim.hardest.name):
+            assert said in row
+    assert chance(report.claims) in seen(text)
+
+
+def test_its_parts_stand_in_the_order_in_which_they_are_read(report, whole):
+    parts = ("Claims", "Effect and collateral damage", "For this task, or for any",
+             "Example prompts", "Bridges", "What these numbers do not mean",
+             "Where this comes from", "Training", "Circuits")  # fmt: skip
+    assert re.findall(r"<h2>(.*?)</h2>", whole) == [
+        *parts[:5],
+        *(heading for heading in report.sections if heading != "Bridges"),
+        *parts[5:],
+    ]
+
+
+def test_the_figures_of_a_task_stand_under_its_name(whole):
+    part = whole[whole.index("Effect and collateral") : whole.index("For this task, or for any")]
+    for task in ("bracket_counting", "while_return_true"):
+        own = part[part.index(f"<h3>{task}</h3>") :].split("<h3>")[1]
+        names = re.findall(r'<figure role="img" aria-label="(.*?)"', own)
+        assert names == [f"{task}: carried by the dense model", f"{task}: steering the dense model"]
+
+
+def test_an_example_shows_what_each_model_answers(whole):
+    part = whole[whole.index("Example prompts") :]
+    (row,) = re.findall(
+        r'<tr><td class="task">bracket_counting.{0,500}0\.44</td>.*?</tr>',
+        part[: part.index("</table>")],
+    )
+    shown = re.findall(r"<code>(.*?)</code>", row)
+    assert shown == ["items = [(a, b", ")", "]", ")", ")", "]"]  # the circuit alone is wrong
+    assert row.count(' wrong"') == 1 and "0.99" not in row
+
+
+def test_the_legend_explains_the_words_of_the_claims():
+    terms = {term for term, _ in LEGEND}
+    wanted = {"share", "harm", "collateral A", "collateral B", "namesake", "rival", "empty control"}
+    assert wanted | {"unrelated source", "cluster interval", "cannot tell", "verdict"} <= terms
+
+
+def test_without_matplotlib_the_page_has_its_tables_and_says_once_how_to_get_figures(
+    report, log, whole, monkeypatch
+):
+    assert "sparse-bridges[viz]" not in whole and whole.count("<figure") == 10
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    for name in ("figures", "drawing"):
+        monkeypatch.delitem(sys.modules, f"evals.report.{name}", raising=False)
+    text = page(report, log)
+    assert text.count("pip install &#34;sparse-bridges[viz]&#34;") == 1
+    assert "<figure" not in text and text.count("<table") == whole.count("<table")
+    bare = page(Report(title="nothing to draw", sections=report.sections))
+    assert "sparse-bridges[viz]" not in bare
+
+
+def test_the_page_needs_no_network_and_is_small(whole):
+    text = whole
+    assert not re.search(r"https?:|//\w|@import|url\((?!#)|src=|<link", text)
     assert len(text.encode()) < 400_000
 
 
-def test_every_tag_is_closed(report):
+def test_no_id_stands_twice(whole):
+    ids = re.findall(r'\bid="([^"]+)"', whole)
+    assert len(ids) > 20 and len(set(ids)) == len(ids)
+
+
+def test_every_tag_is_closed(whole):
     class Checker(HTMLParser):
         stack: list[str] = []
 
@@ -150,33 +124,55 @@ def test_every_tag_is_closed(report):
                 assert self.stack.pop() == tag
 
     checker = Checker()
-    checker.feed(page(report, log()))
+    checker.feed(whole)
     assert checker.stack == []
 
 
-def test_tokens_cannot_break_out_of_the_page(report):
+def test_tokens_cannot_break_out_of_the_page(report, graph):
     evil = '</script><script>alert(1)</script>"onload="x'
     g = graph()
     g["nodes"][0]["id"] = evil
     g["edges"], g["links"], g["name"] = [], [], evil
     rows = {evil: (replace(report.sections["Bridges"][0], name=evil, control_name=evil),)}
+    (scatter, *_), (curve, *_) = report.pictures.scatters, report.pictures.curves
+    points = tuple(replace(point, label=evil) for point in scatter.points)
+    example = Example(
+        task=evil, prompt=evil, answer=evil, other=evil, dense=0.5, twin=0.5, circuit=0.5
+    )
+    claim = replace(report.claims[0], task=evil, facts={evil: evil})
     bad = Report(
         title=evil,
+        claims=(claim,),
         sections=rows,
+        pictures=Pictures(
+            scatters=(replace(scatter, name=evil, effect_label=evil, points=points),),
+            curves=(replace(curve, name=evil, x_label=evil),),
+            matrices=(replace(report.pictures.matrices[0], name=evil, rows=(evil,) * 3),),
+            examples=(example,),
+        ),
         graphs=(g,),
         notes=(evil,),
         provenance={"command": evil, "run": {"dense": {"name": evil}}},
     )
     text = page(bad, [{"step": i, f"{evil}/x": float(i)} for i in range(3)])
-    assert "alert(1)</script>" not in text and '"onload=' not in text
+    assert "alert(1)</script>" not in text and not re.search(r'<[^>]*"onload=', text)
     assert text.count("<script>") == text.count("</script>") == 1
 
 
-def test_a_page_that_would_be_too_large_leaves_the_graphs_out_and_says_so(report):
+def test_a_page_that_would_be_too_large_leaves_out_graphs_then_curves_and_says_so(
+    report, graph, whole, monkeypatch
+):
+    assert "left out to keep" not in whole
     huge = replace(report, graphs=(graph(110),))
     text = page(huge)
-    assert len(text.encode()) < LIMIT and "graphs were left out" in text
-    assert "graphs were left out" not in page(report)
+    assert len(text.encode()) < LIMIT and "circuit graphs were left out" in text
+    assert "curves were left out" not in text
+    monkeypatch.setattr(
+        "evals.report.page.LIMIT", len(page(replace(report, graphs=())).encode()) - 1
+    )
+    less = page(report)
+    assert "circuit graphs were left out" in less and "curves were left out" in less
+    assert "steering the dense model" not in less and "carried by the dense model" in less
 
 
 def test_a_report_without_circuits_log_or_notes_is_still_a_page(report):
@@ -184,24 +180,7 @@ def test_a_report_without_circuits_log_or_notes_is_still_a_page(report):
     assert "untrained bridges" in page(bare)
 
 
-def test_the_training_log_is_grouped_thinned_and_logarithmic_where_it_spans_much():
-    lines = [*log(), {"step": 5, "loss/ce": float("nan")}, {"event": "resumed"}]
-    charts = {chart["name"]: chart for chart in training_charts(lines)}
-    assert set(charts) == {"loss", "lr", "density"}
-    assert all(line["path"].count("L") <= 310 for line in charts["loss"]["lines"])
-    assert not charts["loss"]["log"]
-    wide = training_charts([{"step": i, "lr/a": 10.0**-i} for i in range(4)])
-    assert wide[0]["log"] and [text for _, text in wide[0]["y_ticks"]][-1] == "1"
-
-
-def test_a_scale_maps_its_ends_and_its_ticks_lie_inside():
-    for values, log_ in (([0.0, 3.7], False), ([2.0, 2.0], False), ([1e-4, 30.0], True)):
-        scale = Scale(values, 100, 0, log_)
-        assert scale(scale.low) == 100 and scale(scale.high) == 0
-        assert scale.ticks() and all(0 <= at <= 100 for at, _ in scale.ticks())
-
-
-def test_the_graph_is_laid_out_in_forward_order_without_overlap():
+def test_the_graph_is_laid_out_in_forward_order_without_overlap(graph):
     g = graph(12)
     layout = graph_layout(g)
     place = {n["id"]: (n["x"], n["y"]) for n in layout["nodes"]}
@@ -210,14 +189,14 @@ def test_the_graph_is_laid_out_in_forward_order_without_overlap():
     assert all(0 < x < layout["width"] and 0 < y < layout["height"] for x, y in place.values())
 
 
-def test_the_page_is_written_whole(report, tmp_path):
-    path = save_page(report, tmp_path / "report.html", log())
-    assert path.read_text(encoding="utf-8") == page(report, log())
+def test_the_page_is_written_whole(report, log, whole, tmp_path):
+    path = save_page(report, tmp_path / "report.html", log)
+    assert path.read_text(encoding="utf-8") == whole
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
 
 
 # The page is never wider than its window: text wraps, and what is wide scrolls in its own box. A
-# browser at 1000 and 390 pixels agreed with these laws when they were written; here they are read
+# browser at 1200 and 400 pixels agreed with these laws when they were written; here they are read
 # off the style sheet, so that no browser is needed.
 
 BOXES = (".wide", ".circuit", "pre")  # what scrolls by itself
@@ -242,7 +221,7 @@ def faults(text: str) -> list[str]:
     if not {"display: flex", "flex-wrap: wrap"} <= {x.strip() for x in rules[".facts"].split(";")}:
         found.append("the facts do not wrap")
     markup = text[text.index("</style>") :]
-    if markup.count("<table>") != markup.count('<div class="wide"><table>'):
+    if markup.count("<table") != markup.count('<div class="wide"><table'):
         found.append("a table stands outside .wide")
     if markup.count('aria-label="circuit for') != markup.count('<div class="circuit"><svg'):
         found.append("a circuit stands outside .circuit")
@@ -261,7 +240,7 @@ def test_nothing_makes_the_page_wider_than_its_window():
         (".wide { overflow-x: auto; }", ".wide { }", ".wide does not scroll"),
         ("border-radius: 8px; overflow-x: auto;", "border-radius: 8px;", "pre does not scroll"),
         ("overflow-wrap: anywhere;\n}", "}", "a long word does not break"),
-        ('<div class="wide"><table>', "<table>", "a table stands outside .wide"),
+        ('<div class="wide"><table class="rows">', "<table>", "a table stands outside .wide"),
     ],
 )
 def test_what_would_make_it_wider_is_seen(was, becomes, says):

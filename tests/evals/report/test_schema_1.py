@@ -1,4 +1,4 @@
-"""Reports of before scores had a key and an outcome open, with the keys of today."""
+"""Reports of schema 1 and 2 open: with the keys of today, without claims."""
 
 import json
 from pathlib import Path
@@ -18,12 +18,23 @@ def report():
 
 
 def as_schema_1(text: str) -> str:
-    """A report as it was written before: rows without key and outcome."""
-    values = json.loads(text) | {"schema_version": 1}
+    """A report as it was written before: rows without key and outcome, and no claims."""
+    values = as_schema_2(text) | {"schema_version": 1}
     for rows in values["sections"].values():
         for row in rows:
             del row["key"], row["outcome"]
     return json.dumps(values)
+
+
+def as_schema_2(text: str) -> dict:
+    """The values of a report before claims: curves alone, and a verdict in words for each row."""
+    values = json.loads(text) | {"schema_version": 2}
+    del values["claims"]
+    values["curves"] = values.pop("pictures")["curves"]
+    for rows in values["sections"].values():
+        for row in rows:
+            row["verdict"] = "beats 3 of 3 untrained bridges"
+    return values
 
 
 def test_a_report_that_was_written_before_opens():
@@ -37,8 +48,25 @@ def test_a_report_that_was_written_before_opens():
 
 def test_a_report_written_anew_is_of_todays_schema_and_holds_the_same(report):
     text = report.to_json()
-    assert json.loads(text)["schema_version"] == 2
+    assert json.loads(text)["schema_version"] == 3
     assert Report.from_json(text) == report == Report.from_json(as_schema_1(text))
+    assert Report.from_json(json.dumps(as_schema_2(text))) == report
+
+
+def test_a_report_of_schema_2_has_its_rows_and_curves_and_no_claims(report):
+    text = json.dumps(as_schema_2(report.to_json()))
+    old = Report.from_json(text)
+    assert old.claims == () and len(old) == len(report) and len(old.curves) == len(report.curves)
+    assert "verdict" not in old.to_json()
+    with pytest.raises(ValueError, match="unknown keys .'surprise'"):
+        Report.from_json(json.dumps(json.loads(text) | {"surprise": 1}))
+
+
+def test_control_a_row_of_today_has_no_verdict(report):
+    values = json.loads(report.to_json())
+    next(iter(values["sections"].values()))[0]["verdict"] = "beats 3 of 3 untrained bridges"
+    with pytest.raises(ValueError, match="score: unknown keys .'verdict'"):
+        Report.from_json(json.dumps(values))
 
 
 def test_of_two_nonsense_twins_the_first_is_that_of_equal_size(report):
@@ -63,7 +91,7 @@ def test_rows_of_ones_own_may_be_named_in_any_language(report):
 
 
 def test_a_row_of_schema_1_that_has_a_key_was_edited(report):
-    values = json.loads(report.to_json()) | {"schema_version": 1}
+    values = as_schema_2(report.to_json()) | {"schema_version": 1}
     with pytest.raises(ValueError, match="unknown keys .'key'. in a report of schema 1"):
         Report.from_json(json.dumps(values))
 
@@ -72,5 +100,5 @@ def test_control_a_report_of_today_without_keys_is_refused(report):
     values = json.loads(as_schema_1(report.to_json())) | {"schema_version": 2}
     with pytest.raises(ValueError, match="score: keys .*'key', 'outcome'.* are missing"):
         Report.from_json(json.dumps(values))
-    with pytest.raises(ValueError, match="schema version 3"):
-        Report.from_json(json.dumps(values | {"schema_version": 3}))
+    with pytest.raises(ValueError, match="schema version 4"):
+        Report.from_json(json.dumps(values | {"schema_version": 4}))

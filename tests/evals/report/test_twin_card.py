@@ -12,7 +12,8 @@ from bridges import BridgeConfig, BridgeSet, load_run, save_run
 from evals.__main__ import main
 from evals.evaluate import evaluate_run, write_report
 from evals.report.report import Report
-from evals.report.twin_card import twin_card
+from evals.report.twin_card import TOLD, twin_card
+from evals.scores.verdict import Claim, threshold
 from sparse.circuits.pruning.config import PruneConfig
 from sparse.circuits.pruning.prune import prune
 from sparse.model.gpt import SparseGPT
@@ -81,15 +82,18 @@ def test_every_number_of_the_twin_is_in_its_readme_beside_its_control(run, repor
     circuit = [
         row for heading, row in report if heading == f"{TASK}: the circuit in the sparse model"
     ]
-    said = {row.name: row for row in circuit if not row.name.startswith(("KL", "edges"))}
-    assert {"sufficiency, mean ablation", "necessity", "nodes"} < said.keys()
-    assert sum(name.startswith("nonsense twin (") for name in said) == 2
+    said = {row.key: row for row in circuit if row.key.startswith(TOLD)}
+    assert {"circuit.sufficiency", "circuit.necessity", "circuit.nodes"} <= said.keys()
+    assert {row.key for row in circuit} - said.keys() >= {"circuit.edges"}  # a control
     for row in said.values():
         over = f", mean over {row.n} pairs" if row.n > 1 else ""
         many = f"mean of {row.n_draws} " if row.n_draws > 1 else ""
         key = f"{TASK}: {row.name}, {row.better} is better{over}", f"{many}{row.control_name}"
         assert found.pop(key) == shown(row)
     assert len(found) == 3, "and no other number"
+    for claim in report.claims:
+        assert f"- {TASK}: {claim.statement}: **{claim.outcome}**, " in text
+    assert {claim.kind for claim in report.claims} >= {"sufficient", "necessary"}
 
 
 def test_the_readme_says_how_the_twin_was_made_and_the_hub_reads_it(run, report):
@@ -98,7 +102,7 @@ def test_the_readme_says_how_the_twin_was_made_and_the_hub_reads_it(run, report)
     assert f"```bash\n{FACTS['command']}\n```" in text
     for fact in ("noise, sha256 0123456789abcdef |", "2,048,000", "1,000", "| seed | 3 |"):
         assert fact in text
-    assert "| sparse twin of | tiny |" in text and "read every row beside its control" in text
+    assert "| sparse twin of | tiny |" in text and "every row beside its control" in text
     assert "a quick one" in text
     assert ModelCard(text).data.tags[0] == "sparse-bridges"
 
@@ -146,6 +150,19 @@ def test_what_a_run_does_not_say_is_not_recorded(report):
     assert (card.data, card.command, card.twin_of) == ("not recorded", "# not recorded", "d")
     assert Card.from_json(card.to_json()) == card
     assert twin_card(replace(report, sections={}, provenance={})).metrics == ()
+
+
+def test_the_card_repeats_every_claim_with_its_number_and_its_outcome():
+    met = threshold("harm", "harm", 0.6, 0.25, "fraction", "higher")
+    given = {"task": "quotes", "value": 0.6, "unit": "fraction"}
+    claims = (
+        Claim(kind="necessary", **given, conditions=(met,)),
+        Claim(kind="carries", **given, conditions=(replace(met, value=0.1),)),
+    )
+    notes = twin_card(Report(title="t", claims=claims, sections={})).notes
+    assert "- quotes: the sparse model needs the circuit for the task: **positive**" in notes
+    assert "and little else: **negative**, share 0.6\n" in notes
+    assert "What was claimed" not in twin_card(Report(title="t", sections={})).notes
 
 
 def test_the_built_in_run_is_only_read(run, report, tmp_path):

@@ -35,7 +35,7 @@ def test_every_control_scores_zero_gap_against_itself():
     rows = normal(1, 50)
     s = paired("x", rows, rows[None], unit="nats", control_name="itself", better="lower")
     assert (s.gap, s.stderr, s.interval, s.rank) == (0.0, 0.0, (0.0, 0.0), 0)
-    assert s.verdict.startswith("not distinguishable from its control")
+    assert s.outcome == "indistinguishable"
 
 
 def test_rank_counts_the_draws_beaten_in_the_direction_that_is_better():
@@ -49,14 +49,14 @@ def test_rank_counts_the_draws_beaten_in_the_direction_that_is_better():
 
 
 def test_a_planted_effect_beats_every_draw_and_its_mirror_image_is_worse():
-    assert score(shift=5).verdict == "beats 100 of 100 random directions"
-    assert score(shift=-5, better="lower").verdict == "beats 100 of 100 random directions"
-    assert score(shift=-5).verdict == "worse than its control (100 of 100 random directions)"
+    assert (score(shift=5).outcome, score(shift=5).rank) == ("beats", 100)
+    assert score(shift=-5, better="lower").outcome == "beats"
+    assert (score(shift=-5).outcome, score(shift=-5).beaten_by) == ("worse", 100)
 
 
 def test_control_a_planted_null_is_called_an_effect_about_once_in_twenty():
     for draws in (20, 100):
-        found = [score(seed, draws=draws).verdict.startswith("beats") for seed in range(300)]
+        found = [score(seed, draws=draws).outcome == "beats" for seed in range(300)]
         assert 0.02 < sum(found) / 300 < 0.08
 
 
@@ -112,7 +112,7 @@ def test_a_score_survives_json_and_an_edited_file_does_not():
     s = score(shift=3)
     text = json.dumps(s.to_dict(), allow_nan=False)
     assert Score.from_dict(json.loads(text)) == s
-    for change in ({"rank": 3}, {"verdict": "splendid"}, {"value": -9.0}, {"extra": 1}):
+    for change in ({"rank": 3}, {"outcome": "worse"}, {"value": -9.0}, {"extra": 1}):
         with pytest.raises(ValueError):
             Score.from_dict(s.to_dict() | change)
     with pytest.raises(ValueError, match="draws"):
@@ -121,4 +121,4 @@ def test_a_score_survives_json_and_an_edited_file_does_not():
 
 def test_a_count_has_no_sampling_error():
     s = counted("size", 60, (5632,), unit="nodes", control_name="the whole model", better="lower")
-    assert (s.stderr, s.n, s.verdict) == (0.0, 1, "better than the whole model")
+    assert (s.stderr, s.n, s.outcome) == (0.0, 1, "beats")

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -159,8 +160,13 @@ def mixed(like: Callable[[Trial], Decoded], seed: int) -> Make:
 
     def made(trial: Trial) -> Deltas:
         own, r = like(trial), rotation(trial.sparse.d_resid, seed)
-        other = Decoded(trial.bridges, [dz @ r.T.to(dz) for dz in own.changes])
-        return lambda site: of_length(other(site), own(site))
+
+        @torch.no_grad()
+        def delta(site: int) -> Float[Tensor, "prompt pos d_dense"]:
+            dz = own.changes[trial.bridges.config.pairs[site]]
+            return of_length(trial.bridges.transport(site, dz @ r.T.to(dz)), own(site))
+
+        return delta
 
     return made
 

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from evals.claims import twin_trial as module
-from evals.claims.twin_trial import TwinTrial, measuring
+from evals.trials import twin_trial as module
+from evals.trials.twin_trial import TwinTrial, measuring
 from sparse.circuits.circuit import Circuit
 from sparse.circuits.graph import nodes_of
 from sparse.circuits.mask import masked

@@ -6,8 +6,8 @@ from torch.nn import functional as F
 
 from bridges import Ablation, Steering
 from bridges.transfer import stream_change
-from evals.claims.dense_trial import Trial
-from evals.claims.unrelated import unrelated
+from evals.trials.dense_trial import Trial
+from evals.trials.unrelated import unrelated
 from sparse.circuits.taps import recorded
 from sparse.tasks.batch import REST
 
@@ -190,7 +190,7 @@ def test_many_deltas_answer_as_they_do_alone(trial, delta, monkeypatch):
     n, pos = trial.ids.shape
     one = n * (trial.dense.vocab_size + 8 * pos * trial.dense.d_resid)
     for room in (one, 2 * one, 9 * one):
-        monkeypatch.setattr("evals.claims.dense_trial.NUMBERS_AT_ONCE", room)
+        monkeypatch.setattr("evals.trials.dense_trial.NUMBERS_AT_ONCE", room)
         assert trial.together == room // one
         for got, want in zip(trial.many(2, iter(deltas)), alone, strict=True):
             torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)

@@ -3,7 +3,10 @@
 import pytest
 import torch
 
-from evals.claims.arms import (
+from evals.claims.carries import share
+from evals.claims.needed import harm
+from evals.scores.controls import of_length, rotation
+from evals.trials.arms import (
     GRID,
     LARGEST,
     Arm,
@@ -17,12 +20,9 @@ from evals.claims.arms import (
     steering,
     turned,
 )
-from evals.claims.carries import share
-from evals.claims.dense_trial import Trial
-from evals.claims.matched import apart
-from evals.claims.needed import harm
-from evals.claims.unrelated import unrelated
-from evals.scores.controls import of_length, rotation
+from evals.trials.dense_trial import Trial
+from evals.trials.matched import apart
+from evals.trials.unrelated import unrelated
 
 SITES = range(5)
 

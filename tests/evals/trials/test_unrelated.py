@@ -5,8 +5,8 @@ from collections import defaultdict
 import pytest
 import torch
 
-from evals.claims.prompts import paired_trial, picked, unrelated_splits, unrelated_trial
-from evals.claims.unrelated import FRAMES, unrelated
+from evals.trials.prompts import paired_trial, picked, unrelated_splits, unrelated_trial
+from evals.trials.unrelated import FRAMES, unrelated
 from sparse import get_task, task_names
 from sparse.tasks.batch import TaskBatch
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from evals.claims.matched import activity_of, apart, at_size, called, outside, ranked_nodes
+from evals.trials.matched import activity_of, apart, at_size, called, outside, ranked_nodes
 from sparse.circuits.graph import Node, nodes_of
 from sparse.circuits.taps import recorded
 

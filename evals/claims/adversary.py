@@ -155,10 +155,11 @@ def adversary_rows(
         "adversary.ranking": (first, "the first nodes of its own ranking"),
     }
     given: dict[str, Any] = {"unit": "nats", "better": "lower", "seed": seed, "detail": detail}
-    name = "task loss, the adversary's choice ablated"
+    name = "task loss, an adversary's choice ablated"
     rows = {f"circuit.fact.{key}": (torch.stack(x), of) for key, (x, of) in controls.items() if x}
     return [
-        paired(name, own, x, key=key, control_name=of, **given) for key, (x, of) in rows.items()
+        paired(f"{name}, v. {of}", own, x, key=key, control_name=of, **given)
+        for key, (x, of) in rows.items()
     ]
 
 

@@ -33,9 +33,9 @@ from .carries import WORDS, Carrying, mean_difference, share
 
 STRENGTHS = (0.25, 0.5, 1.0, 2.0, 4.0)
 """Factors on the delta in the curve."""
-CURVE_DRAWS = 10
+CURVE_DRAWS = 5
 """Draws of every empty control in the curve."""
-POINT_DRAWS = 3
+POINT_DRAWS = 2
 """Draws of every empty control in the scatter."""
 N_EXAMPLES = 2
 """Pairs that are shown as examples."""

@@ -28,8 +28,12 @@ from sparse.circuits.graph import Node
 from sparse.circuits.taps import recorded
 from sparse.tasks.batch import TaskBatch, logit_difference, task_nats
 
+from .twin_trial import measuring
+
 NUMBERS_AT_ONCE = 2**26
 """Largest number of activations and logits in one forward, as `Trial.together` counts them."""
+IN_CACHE = 2**22
+"""The same on a CPU, where a forward that leaves the cache takes twice as long per delta."""
 WIDEST = 8
 """Numbers that a block holds at once for a token, in widths of the stream: the stream itself, what
 a sublayer reads, and the hidden layer of an MLP before and after its nonlinearity or gate."""
@@ -77,7 +81,7 @@ class Trial:
         self.ids = self.batch.ids
         cf = self.batch.counterfactual()
         self.sources = cf if sources is None else sources.to(self.dense.device)
-        with torch.no_grad():
+        with measuring(self.sparse):
             self.h = self.dense.residuals(self.ids)
             self.z = self.sparse.residuals(self.ids)
             with recorded(self.sparse) as self.there:
@@ -93,12 +97,10 @@ class Trial:
         """Return what interchanging these nodes with their values in the sources adds, by site."""
         steering = Steering(self.sources, nodes)
         chosen = steering.chosen(self.mapped)
-        return Decoded(
-            self.bridges,
-            stream_change.replaced(
-                self.sparse, self.ids, self.sources, chosen, there=self.there, clean=self.z
-            ),
-        )
+        known = {"there": self.there, "clean": self.z}
+        with measuring(self.sparse):
+            dz = stream_change.replaced(self.sparse, self.ids, self.sources, chosen, **known)
+        return Decoded(self.bridges, dz)
 
     def ablated(self, nodes: Iterable[Node]) -> Decoded:
         """Return what holding these nodes at their mean adds, by site."""
@@ -149,7 +151,8 @@ class Trial:
         """
         n, pos = self.ids.shape
         one = n * (self.dense.vocab_size + WIDEST * pos * self.dense.d_resid)
-        return max(1, NUMBERS_AT_ONCE // one)
+        most = IN_CACHE if self.ids.device.type == "cpu" else NUMBERS_AT_ONCE
+        return max(1, most // one)
 
     def _run(self, site: int, deltas: list[Tensor]) -> list[Tensor]:
         h = torch.cat([self.h[site] + delta for delta in deltas])

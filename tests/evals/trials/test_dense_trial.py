@@ -190,7 +190,7 @@ def test_many_deltas_answer_as_they_do_alone(trial, delta, monkeypatch):
     n, pos = trial.ids.shape
     one = n * (trial.dense.vocab_size + 8 * pos * trial.dense.d_resid)
     for room in (one, 2 * one, 9 * one):
-        monkeypatch.setattr("evals.trials.dense_trial.NUMBERS_AT_ONCE", room)
+        monkeypatch.setattr("evals.trials.dense_trial.IN_CACHE", room)
         assert trial.together == room // one
         for got, want in zip(trial.many(2, iter(deltas)), alone, strict=True):
             torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .claims.claims import judge_circuit
     from .claims.transfer import evaluate_transfer
     from .evaluate import evaluate_run, write_report
+    from .report.figures import save_figures
     from .report.report import Report, table
     from .scores.score import Score
     from .scores.verdict import Claim, Condition
@@ -27,6 +28,7 @@ __all__ = [
     "judge_circuit",
     "write_report",
     "table",
+    "save_figures",
 ]
 
 _HOME = {
@@ -41,6 +43,7 @@ _HOME = {
     "evaluate_run": "evaluate",
     "write_report": "evaluate",
     "table": "report.report",
+    "save_figures": "report.figures",
 }
 
 

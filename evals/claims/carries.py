@@ -251,7 +251,9 @@ def mean_difference(train: Trial) -> Make:
 
 
 def too_few(task: str, pairs: int, unmatched: int) -> Claim:
-    """Return the claim that cannot be told, since hardly any pair has an unrelated source."""
+    """Return the claim that cannot be told, since fewer than FEWEST pairs have a source."""
+    if pairs >= FEWEST:
+        raise ValueError(f"too_few: {pairs} pairs are enough; judge them (`carries`)")
     few = premise(
         "sources",
         "pairs that have an unrelated source",

@@ -190,6 +190,10 @@ def outranks(
     **detail: Any,
 ) -> Condition:
     """Return the condition that a value outranks the draws of an empty control, p <= 0.05."""
+    if not draws:
+        raise ValueError(
+            f"condition {key!r}: a rank needs draws of an empty control; draw at least 1"
+        )
     best = max(draws) if better == "higher" else min(draws)
     return Condition(
         key=key, name=name, test="rank", unit=unit, value=value, against=best, better=better,

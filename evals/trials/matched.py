@@ -98,8 +98,8 @@ def at_size(namesake: Circuit, circuit: Circuit, exactly: bool = False) -> Circu
 def outside(nonsense: Circuit, circuit: Circuit) -> Circuit:
     """Return the first nodes of another circuit's ranking that are not of `circuit`, equally many.
 
-    Where its ranking is not known, its own nodes that are not of `circuit` are returned, however
-    many.
+    Where its ranking is not known, its own nodes that are not of `circuit` are taken, in forward
+    order and at most as many.
     """
     own = set(circuit)
     ranked = ranked_nodes(nonsense) if nonsense.ranking else list(nonsense)

@@ -23,6 +23,7 @@ from evals.report.twin_card import twin_card
 from evals.scores.pictures import Matrix, Pictures
 from evals.scores.score import Score
 from evals.scores.verdict import Claim
+from evals.trials.matched import at_size
 from sparse.circuits.circuit import Circuit
 from sparse.circuits.view.graph import graph
 from sparse.tasks.score import positions_of, score_batch
@@ -192,7 +193,7 @@ def evaluate_run(
         sections={"Bridges": bridges, **_sections(each)},
         pictures=_pictures(each),
         graphs=tuple(graph(run.sparse, circuit) for circuit in circuits.values()),
-        notes=_notes(circuits, bridges, skipped, others),
+        notes=(*_notes(circuits, bridges, skipped, others), *shared_nodes(circuits, found)),
         provenance=provenance(**facts_of),
     )
 
@@ -335,6 +336,27 @@ def _notes(
     if not any(row.key.startswith("bridge.recovered") for row in bridges):
         notes.append(NO_ROOM)
     return tuple(notes)
+
+
+def shared_nodes(circuits: Mapping[str, Circuit], found: Mapping[str, Circuit]) -> list[str]:
+    """Return, for every circuit, how many of its nodes its namesakes have too, as a note each.
+
+    A nonsense twin has the same contexts, so its circuit must read the same difference between
+    them; where it shares nodes, it carries what the circuit carries.
+    """
+    notes = []
+    for name, circuit in circuits.items():
+        counts = {}
+        for other, namesake in found.items():
+            if other == f"{name}:nonsense":
+                cut = at_size(namesake, circuit, exactly=True)
+                counts[f"the first {len(cut)} of its nonsense twin's circuit"] = len(circuit & cut)
+            elif ":nonsense" not in other and other != name:
+                counts[f"the circuit for {other}"] = len(circuit & namesake)
+        shared = ", ".join(f"{n} with {whose}" for whose, n in counts.items() if n)
+        if shared:
+            notes.append(f"{name}: of its {len(circuit)} nodes it shares {shared}")
+    return notes
 
 
 def write_report(run: Run, report: Report) -> list[Path]:

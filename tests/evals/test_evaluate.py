@@ -16,6 +16,7 @@ from evals.__main__ import main
 from evals.evaluate import evaluate_run, write_report
 from evals.report.replay import differences
 from evals.report.report import Report
+from evals.trials.matched import ranked_nodes
 from sparse.circuits.pruning.config import PruneConfig
 from sparse.circuits.pruning.prune import prune
 from sparse.circuits.view.graph import graph
@@ -81,6 +82,15 @@ def test_the_matrix_has_the_circuit_s_own_harm_and_that_to_every_other_task(repo
     assert matrix.rows == ("single_double_quote",) and len(harms) >= 5
     assert harms.pop("single_double_quote") == needed.value
     assert harms == {name: needed[f"specific.{name}"].against for name in harms}
+
+
+def test_a_note_counts_the_nodes_that_namesakes_share(report, run):
+    found = run.circuits()
+    circuit, twin = (found[f"single_double_quote{end}"] for end in ("", ":nonsense"))
+    first = set(ranked_nodes(twin)[: max(len(circuit), circuit.config["k_before_clean_up"])])
+    shared = len(first & set(circuit))
+    (note,) = [note for note in report.notes if "it shares" in note]
+    assert f"it shares {shared} with the first {len(first)} of its nonsense twin" in note
 
 
 def test_what_is_finished_is_not_measured_again(report, run, kept, monkeypatch):

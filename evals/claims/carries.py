@@ -105,31 +105,13 @@ WORDS = {
 
 
 def carries(
-    splits: Splits,
-    circuit: Circuit,
-    namesakes: Mapping[str, Circuit],
-    *,
-    draws: int = 39,
-    seed: int = 0,
-    unmatched: int = 0,
-    stop_early: bool = False,
-    tick: Tick = lambda: None,
+    splits: Splits, circuit: Circuit, namesakes: Mapping[str, Circuit], **options: Any
 ) -> Claim:
     """Return claim 3 of a circuit, from trials whose sources are unrelated (`unrelated`).
 
-    `namesakes` are circuits by name: "nonsense", whose ranking is cut to the circuit's size, and
-    those of tasks of other families. `unmatched` pairs had no source and are not in the trials.
+    `options` are those of `carrying`.
     """
-    return carrying(
-        splits,
-        circuit,
-        namesakes,
-        draws=draws,
-        seed=seed,
-        unmatched=unmatched,
-        stop_early=stop_early,
-        tick=tick,
-    )[0]
+    return carrying(splits, circuit, namesakes, **options)[0]
 
 
 def carrying(
@@ -143,7 +125,15 @@ def carrying(
     stop_early: bool = False,
     tick: Tick = lambda: None,
 ) -> tuple[Claim, Carrying | None]:
-    """Return claim 3 as `carries` does, and the arms that were compared; None where none were."""
+    """Return claim 3, and the arms that were compared; None where none were.
+
+    - `namesakes` are circuits by name: "nonsense", whose ranking is cut to the circuit's size, and
+      those of tasks of other families.
+    - `draws` is the number k of each empty control, drawn by `seed`.
+    - `unmatched` pairs had no source and are not in the trials.
+    - `stop_early` leaves out the conditions after the first that does not hold.
+    - `tick` is called after every draw, rival and namesake.
+    """
     trial = splits.test
     gap = float((trial.p_cf - trial.p_0).mean())
     told = premise(

@@ -100,7 +100,7 @@ def verdict(case: Case, kind: Any, at_once: bool) -> dict[str, Any]:
         return judge_circuit(case.run, case.circuit, namesakes, case.others, **options)[0]
 
     claim = judged(case.namesakes() if at_once else {})
-    if claim.outcome == "positive" and not at_once:
+    if not at_once and claim.conditions[-1].key == "namesakes":  # all else holds
         claim = judged(case.namesakes())
     decided = claim.conditions[-1].key if claim.outcome != "positive" else ""
     return {

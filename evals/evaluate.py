@@ -24,6 +24,7 @@ from evals.scores.pictures import Matrix, Pictures
 from evals.scores.score import Score
 from evals.scores.verdict import Claim
 from evals.trials.matched import at_size
+from evals.trials.prompts import check_numbers
 from sparse.circuits.circuit import Circuit
 from sparse.circuits.view.graph import graph
 from sparse.tasks.score import positions_of, score_batch
@@ -164,6 +165,8 @@ def evaluate_run(
     (['Bridges'], ('no circuit in this run: only the bridges were measured',))
     """
     settings = {"draws": draws, "max_pairs": max_pairs, "facts": facts} | (QUICK if quick else {})
+    check_numbers("evaluate_run", settings["draws"], settings["max_pairs"])
+    tasks = [tasks] if isinstance(tasks, str) else tasks
     found = run.circuits()
     names = _names(run, found, tasks)
     folder = None if cache is None else Path(cache)

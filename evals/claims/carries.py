@@ -9,8 +9,10 @@
 The share must be at least 0.25, and more than that of the circuit's delta rotated, of the same
 change through decoders of the same covariance, and of random nodes (p <= 0.05 each, all of its
 length). Rivals and namesakes are then scaled to the circuit's share on validation; on test each
-must have more collateral A. Rivals: the embedding difference decoded, all nodes, all nodes but the
-circuit's, the source's full patch. Namesakes: the nonsense twin's circuit, circuits of other tasks.
+must have more collateral A. One that comes within 5 % of that share is compared where it comes
+nearest, and one that does not is beaten. Rivals: the embedding difference decoded, all nodes, all
+nodes but the circuit's, the source's full patch. Namesakes: the nonsense twin's circuit, circuits
+of other tasks.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ from evals.trials.matched import NONSENSE, apart, at_size, called
 from sparse.circuits.circuit import Circuit
 
 from .judge import judged
-from .twin import LEAST
+from .twin import LEAST, few_others, no_namesake
 
 ROOM = 0.1
 """Least gap between P_cf and P_0: with less, the dense model does not tell the contexts apart."""
@@ -161,6 +163,7 @@ def _conditions(
 ) -> Iterator[Condition]:
     trial = arms.splits.test
     yield told
+    yield from few_others(arms.circuit)
     yield threshold("share", "share of the answer that it moves", own, LEAST, "fraction", "higher")
     for name, deltas in arms.empty(draws, seed).items():
         found = arms.splits.statistics(deltas, share, tick)
@@ -174,6 +177,7 @@ def _conditions(
     for key, (words, make) in both.items():
         yield _against(arms, key, words, make, own, mine)
         tick()
+    yield from no_namesake(arms.namesakes)
 
 
 def _against(

@@ -24,7 +24,7 @@ from evals.scores.paired import counted, paired
 from evals.scores.score import Score
 from evals.trials.matched import NONSENSE, activity_of, apart
 from evals.trials.nonsense import nonsense_of
-from evals.trials.prompts import picked
+from evals.trials.prompts import check_numbers, picked
 from evals.trials.twin_trial import TwinTrial, measuring
 from sparse.circuits.circuit import Circuit
 from sparse.model.gpt import SparseGPT
@@ -78,12 +78,15 @@ def evaluate_circuit(
     >>> evaluation["sufficient"].outcome, evaluation.rows[0].key
     ('positive', 'circuit.sufficiency')
     """
+    check_numbers("evaluate_circuit", draws, max_pairs)
     circuit.check(model)
+    for namesake in (namesakes or {}).values():
+        namesake.check(model)
     nonsense = nonsense_of(model, circuit, tokenizer, nonsense)
     asked = circuit if task is None else replace(circuit, task=task)
     batch = asked.task.batch(tokenizer, "test", positions_of(model))
     trial = TwinTrial(model, batch.take(picked(batch, max_pairs, seed)), seed)
-    beside = {NONSENSE: nonsense, **(namesakes or {})}
+    beside = {**(namesakes or {}), NONSENSE: nonsense}
     options: dict[str, Any] = {"draws": draws, "seed": seed, "tick": tick}
     claims = (
         sufficient(trial, asked, beside, **options),

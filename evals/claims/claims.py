@@ -11,7 +11,7 @@ from torch import Tensor
 from bridges.transfer.dense_circuit import DenseCircuit
 from evals.scores.verdict import Claim, Kind
 from evals.trials.dense_trial import Trial
-from evals.trials.prompts import paired_trial, picked, splits, unrelated_splits
+from evals.trials.prompts import check_numbers, paired_trial, picked, splits, unrelated_splits
 from evals.trials.twin_trial import TwinTrial
 from sparse.circuits.circuit import Circuit
 from sparse.tasks.score import positions_of
@@ -103,8 +103,12 @@ def judge_circuit(
     circuit.check(run.sparse)
     for namesake in namesakes.values():
         namesake.check(run.sparse)
-    if draws < 1:
-        raise ValueError(f"judge_circuit: draws={draws} must be at least 1; 39 is the default")
+    check_numbers("judge_circuit", draws, max_pairs)
+    if isinstance(kinds, str):
+        raise ValueError(
+            f"judge_circuit: kinds={kinds!r} is a text; give a list, kinds=[{kinds!r}]"
+        )
+    kinds = list(dict.fromkeys(kinds))
     if unknown := set(kinds) - set(KINDS):
         raise ValueError(f"judge_circuit: no claim is called {sorted(unknown)}; there are {KINDS}")
     mapped = DenseCircuit(

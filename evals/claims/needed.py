@@ -31,7 +31,7 @@ from sparse.tasks.score import DOES
 
 from .carries import WORDS, about
 from .judge import judged
-from .twin import LEAST
+from .twin import LEAST, few_others, no_namesake
 
 Tick = Callable[[], object]
 
@@ -85,11 +85,16 @@ def needed(
 
     def conditions() -> Iterator[Condition]:
         yield does
+        yield from few_others(circuit)
         yield threshold("harm", "harm of ablating it", own, LEAST, "fraction", "higher")
         yield from _specific(trial, others, make, arm)
         for k, namesake in namesakes.items():
             yield _namesake(splits, circuit, k, namesake, make, logits)
         yield from _empty(splits, circuit, make, own, draws, seed, tick)
+        yield from no_namesake(namesakes)
+        if not others:  # "for this task more than for others" was not asked
+            words = "other tasks that the dense model does"
+            yield premise("others", words, 0.0, 1.0, "tasks", "higher")
 
     return judged("needed", name, own, "fraction", conditions(), facts, stop_early)
 

@@ -20,7 +20,7 @@ from evals.scores.verdict import Claim
 from evals.trials.arms import Splits
 from evals.trials.matched import NONSENSE
 from evals.trials.nonsense import nonsense_of
-from evals.trials.prompts import splits, unrelated_splits, unrelated_trial
+from evals.trials.prompts import check_numbers, splits, unrelated_splits, unrelated_trial
 from sparse.circuits.circuit import Circuit
 from sparse.tasks.task import Task
 
@@ -68,6 +68,9 @@ def evaluate_transfer(
     negative
     """
     tokenizer = tokenizer or dense_circuit.tokenizer
+    check_numbers("evaluate_transfer", draws, max_pairs)
+    for namesake in (namesakes or {}).values():
+        namesake.check(dense_circuit.sparse)
     nonsense = nonsense_of(dense_circuit.sparse, dense_circuit.circuit, tokenizer, nonsense)
     circuit: Circuit = dense_circuit.circuit
     circuit = circuit if task is None else replace(circuit, task=task)
@@ -78,7 +81,7 @@ def evaluate_transfer(
         dense=dense_circuit.dense,
         site=None,
     )
-    beside = {NONSENSE: nonsense, **(namesakes or {})}
+    beside = {**(namesakes or {}), NONSENSE: nonsense}
     if not isinstance(others, Trials):
         others = trials_of(mapped, others, tokenizer, max_pairs, seed)
     options: dict[str, Any] = {"draws": draws, "seed": seed, "tick": tick}

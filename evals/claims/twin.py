@@ -81,6 +81,7 @@ def _sufficient(
 ) -> Iterator[Condition]:
     own, loss = _mean(trial.full), _mean(alone)
     yield _does(own)
+    yield from few_others(circuit)
     goal = max(circuit.target_loss, own + SLACK)
     yield threshold("loss", "task loss, all else at its mean", loss, goal, "nats", "lower")
     yield threshold(
@@ -112,6 +113,7 @@ def _sufficient(
         tick()
     name = "less loss than random circuits of its size"
     yield outranks("random", name, _mean(mine), found, "nats", "lower")
+    yield from no_namesake(namesakes)
 
 
 def necessary(
@@ -151,6 +153,7 @@ def _necessary(
 ) -> Iterator[Condition]:
     own = _mean(trial.full)
     yield _does(own)
+    yield from few_others(circuit)
     yield threshold("harm", "harm of ablating it", harm, LEAST, "fraction", "higher")
     for name, namesake in namesakes.items():
         of_nonsense = name == NONSENSE
@@ -174,6 +177,22 @@ def _necessary(
         tick()
     name = "more harm than random nodes as active"
     yield outranks("matched", name, harm, found, "fraction", "higher")
+    yield from no_namesake(namesakes)
+
+
+def few_others(circuit: Circuit) -> Iterator[Condition]:
+    """Yield a premise that is missed where the model has too few other nodes for a control."""
+    if (n := len(apart(circuit, 0))) < len(circuit):
+        name = "other nodes, as many at each location, for a control"
+        yield premise("room", name, float(n), float(len(circuit)), "nodes", "higher")
+
+
+def no_namesake(namesakes: Mapping[str, Any]) -> Iterator[Condition]:
+    """Yield a premise that is missed where no namesake was given: nothing could have refuted it."""
+    if not namesakes:
+        yield premise(
+            "namesakes", "circuits found for something else", 0.0, 1.0, "circuits", "higher"
+        )
 
 
 def _does(nats: float) -> Condition:

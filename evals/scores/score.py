@@ -31,6 +31,8 @@ Unit = Literal[
     "nodes",
     "edges",
     "pairs",
+    "circuits",
+    "tasks",
 ]
 Better = Literal["higher", "lower"]
 Outcome = Literal["beats", "worse", "indistinguishable"]

@@ -10,8 +10,9 @@ The claim, its empty controls, its rivals and its namesakes all choose their sit
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -30,6 +31,9 @@ LARGEST = 8.0
 """Largest factor on a delta."""
 GRID = tuple(LARGEST * 2 ** (-i / 2) for i in range(13, -1, -1))
 """Factors that are tried, 0.09 to 8."""
+NEARLY = 0.95
+"""Part of the goal that counts as reaching it, at the factor of the largest share. Without it an
+edit that goes past the whole answer would beat all that stop at the answer, uncompared."""
 HALVINGS = 4
 """Bisection steps between two of them."""
 
@@ -71,29 +75,30 @@ class Splits:
         """Return the arm at the smallest factor whose share on validation is `goal`; None: never.
 
         The factors of GRID are tried in order, and the first that reaches the goal is refined by
-        bisection.
+        bisection. Where none does, but the largest share is at least NEARLY of the goal, the arm is
+        taken there.
         """
         trial, delta = self.validation, arm.make(self.validation)(arm.site)
 
-        def reaches(factors: Iterable[float]) -> Iterator[bool]:
+        def shares(factors: Iterable[float]) -> Iterator[float]:
             logits = trial.many(arm.site, (factor * delta for factor in factors))
-            return (trial.share(trial.moved(y)) >= goal for y in logits)
+            return (trial.share(trial.moved(y)) for y in logits)
 
         low, high = 0.0, None
-        for factor, enough in zip(GRID, reaches(GRID), strict=True):
-            if enough:
+        largest, nearest = -math.inf, 0.0
+        for factor, found in zip(GRID, shares(GRID), strict=True):
+            if found >= goal:
                 high = factor
                 break
+            if found > largest:
+                largest, nearest = found, factor
             low = factor
         if high is None:
-            return None
+            return replace(arm, factor=nearest) if largest >= NEARLY * goal else None
         for _ in range(HALVINGS):
             middle = (low + high) / 2
-            low, high = (low, middle) if next(reaches([middle])) else (middle, high)
-        return Arm(
-            name=arm.name, make=arm.make, site=arm.site, on_validation=arm.on_validation,
-            factor=high,
-        )  # fmt: skip
+            low, high = (low, middle) if next(shares([middle])) >= goal else (middle, high)
+        return replace(arm, factor=high)
 
     def statistics(
         self, draws: Iterable[tuple[str, Make]], statistic: Statistic, tick: Callable[[], object]

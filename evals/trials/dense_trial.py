@@ -100,7 +100,7 @@ class Trial:
         known = {"there": self.there, "clean": self.z}
         with measuring(self.sparse):
             dz = stream_change.replaced(self.sparse, self.ids, self.sources, chosen, **known)
-        return Decoded(self.bridges, dz)
+        return Decoded(self.bridges, _finite(dz))
 
     def ablated(self, nodes: Iterable[Node]) -> Decoded:
         """Return what holding these nodes at their mean adds, by site."""
@@ -202,3 +202,13 @@ class Trial:
                 f"most {TOLERANCE} is rounding; the random controls would not be comparable, so "
                 "check the dense model's sites"
             )
+
+
+def _finite(changes: list[Tensor]) -> list[Tensor]:
+    """Return the changes; raise ValueError where one holds NaN, which a control would hide."""
+    if not all(bool(dz.isfinite().all()) for dz in changes):
+        raise ValueError(
+            "evals: an intervention on the sparse model gives NaN or infinity; look at the "
+            "circuit's ablation values and at the weights of the sparse model"
+        )
+    return changes

@@ -22,9 +22,27 @@ from .unrelated import unrelated
 
 
 def picked(batch: TaskBatch, most: int, seed: int = 0) -> Int[Tensor, " pair"]:
-    """Return the indices of at most `most` pairs, drawn by a seed, in ascending order."""
+    """Return the indices of at most `most` pairs, drawn by a seed, in ascending order.
+
+    Of pairs with the same tokens only the first can be drawn: they are one pair.
+    """
     order = torch.randperm(batch.n_pairs, generator=torch.Generator().manual_seed(seed))
-    return order[:most].sort().values
+    tokens = torch.cat([batch.ids[: batch.n_pairs], batch.ids[batch.n_pairs :]], dim=1).tolist()
+    first: dict[tuple[int, ...], int] = {}
+    for pair, row in enumerate(tokens):
+        first.setdefault(tuple(row), pair)
+    distinct = set(first.values())
+    chosen = [pair for pair in order.tolist() if pair in distinct]
+    return torch.tensor(chosen[:most], dtype=torch.long).sort().values
+
+
+def check_numbers(who: str, draws: int, max_pairs: int) -> None:
+    """Raise ValueError unless there is at least one draw, and a pair to judge by."""
+    for name, value, usual in (("draws", draws, 39), ("max_pairs", max_pairs, 64)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(
+                f"{who}: {name}={value!r} must be a whole number from 1 on; {usual} is the default"
+            )
 
 
 def paired_trial(

@@ -66,7 +66,7 @@ def judge_circuit(
     namesakes: Mapping[str, Circuit],
     others: Sequence[Task] | Trials = (),
     *,
-    kinds: Sequence[Kind] = KINDS,
+    kinds: Sequence[str] = KINDS,
     draws: int = 39,
     max_pairs: int = 64,
     heldout: Int[Tensor, "block pos"] | None = None,

@@ -36,7 +36,7 @@ def picked(batch: TaskBatch, most: int, seed: int = 0) -> Int[Tensor, " pair"]:
     return torch.tensor(chosen[:most], dtype=torch.long).sort().values
 
 
-def check_numbers(who: str, draws: int, max_pairs: int) -> None:
+def check_numbers(who: str, draws: Any, max_pairs: Any) -> None:
     """Raise ValueError unless there is at least one draw, and a pair to judge by."""
     for name, value, usual in (("draws", draws, 39), ("max_pairs", max_pairs, 64)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:

@@ -78,6 +78,11 @@ class Circuit:
     def __post_init__(self) -> None:
         if self.ablation_kind not in ("mean", "zero"):
             raise ValueError(f"Circuit.ablation_kind={self.ablation_kind!r} must be mean or zero")
+        for location, value in self.ablation.items():
+            if not bool(value.isfinite().all()):
+                raise ValueError(
+                    f"Circuit.ablation holds NaN or infinity at {location}; measure the means again"
+                )
         for location, indices in self.nodes.items():
             if location not in self.ablation:
                 raise ValueError(

@@ -192,3 +192,14 @@ def test_a_delta_is_computed_once_for_a_trial(splits, quotes):
     for trial in (splits.test, splits.validation, splits.test):
         torch.testing.assert_close(kept(trial)(3), make(trial)(3))
     assert calls.count(splits.test) == 2 + 1 and calls.count(splits.validation) == 1 + 1
+
+
+def test_an_arm_that_nearly_reaches_is_taken_where_it_comes_nearest(splits, claim):
+    """An edit past the whole answer does not beat, uncompared, all that stop at the answer."""
+    arm = splits.placed("claim", claim, share)
+    delta = claim(splits.validation)(arm.site)
+    found = [share(splits.validation, splits.validation.logits(arm.site, f * delta)) for f in GRID]
+    most = max(found)
+    near = splits.reaching(arm, most / 0.97)
+    assert near is not None and near.factor == GRID[found.index(most)]
+    assert splits.reaching(arm, most / 0.9) is None

@@ -39,10 +39,9 @@ NOISE = 8.0
 
 
 HARDER: dict[str, Any] = {"noise": 0.1, "margin": 3.5}
-"""Settings of every other planted truth: twice the noise on the dense weights, and two thirds of the
-lead of the right answer. (With twice the distraction the distractors themselves cost the model more
-than 0.05 nats, and with a noise of 0.2 the dense copy no longer does every task: such a pair is no
-truth.)"""
+"""Settings of every other planted truth: twice the noise on the dense weights, and two thirds of
+the lead of the right answer. (With twice the distraction the distractors themselves cost the model
+more than 0.05 nats, and with a noise of 0.2 a dense copy may not do the task: that is no truth.)"""
 
 
 @dataclass(frozen=True, kw_only=True)

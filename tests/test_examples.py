@@ -23,7 +23,7 @@ JOBS |= {"sparsity_study.py", "bridge_study.py", "task_study.py"}
 THIN = sorted(EXAMPLES.keys() - JOBS)
 PRINTS = {  # example: what it must have printed
     "train_bridge.py": "process(es) on",
-    "quickstart.py": "steering",
+    "quickstart.py": "carries what the task is about",
     "sparsity_study.py": "wrote",
     "bridge_study.py": "| default |",
     "check_task.py": "does it",
@@ -37,7 +37,7 @@ PRINTS = {  # example: what it must have printed
 }
 SMALL = {  # in the Python tour; the twin of six steps does no task
     "PruneConfig(n_steps=600)": "PruneConfig(n_steps=4), force=True",
-    "draws=100": "draws=4",
+    "nonsense=twin)": "nonsense=twin, draws=1, max_pairs=5, facts=False)",
 }
 
 
@@ -131,7 +131,11 @@ def test_the_python_tour_runs_on_the_demo(main_job, run_python):
         assert tour.count(large) == 1
         tour = tour.replace(large, few)
     said = run_python(tour)
-    assert "steering" in said and "while_return_true: " in said and "cannot be asked" in said
+    assert (
+        "carries/single_double_quote" in said
+        and "while_return_true: " in said
+        and "cannot be asked" in said
+    )
 
 
 @pytest.mark.parametrize("example", EXAMPLES)

@@ -166,11 +166,9 @@ def evaluate_run(
     """
     settings = {"draws": draws, "max_pairs": max_pairs, "facts": facts} | (QUICK if quick else {})
     check_numbers("evaluate_run", settings["draws"], settings["max_pairs"])
-    tasks = [tasks] if isinstance(tasks, str) else tasks
     found = run.circuits()
     names = _names(run, found, tasks)
-    folder = None if cache is None else Path(cache)
-    others = _done_by_dense(run, found, folder) if names else []
+    others = _done_by_dense(run, found, cache) if names else []
     bar = tqdm(total=_ticks(settings, names, found), desc="evaluate", disable=not progress)
     with bar:
         job = _Job(
@@ -179,7 +177,7 @@ def evaluate_run(
             others=_trials(run, found, names, others, settings["max_pairs"], seed),
             family={task.name: task.family for task in others},
             seed=seed,
-            cache=folder,
+            cache=Path(cache) if cache else None,
             tick=bar.update,
             progress=progress,
             **settings,
@@ -226,6 +224,7 @@ def _names(run: Run, found: Mapping[str, Circuit], tasks: Sequence[str] | None) 
     A circuit whose task has no test pairs cannot be judged. Raises ValueError for a task in
     `tasks` that has no circuit.
     """
+    tasks = [tasks] if isinstance(tasks, str) else tasks
     names = [name for name, c in found.items() if not name.endswith(":nonsense") and c.task.test]
     if missing := sorted(set(tasks or ()) - set(names)):
         raise ValueError(
@@ -235,7 +234,7 @@ def _names(run: Run, found: Mapping[str, Circuit], tasks: Sequence[str] | None) 
     return [name for name in names if tasks is None or name in tasks]
 
 
-def _done_by_dense(run: Run, found: Mapping[str, Circuit], cache: Path | None) -> list[Task]:
+def _done_by_dense(run: Run, found: Mapping[str, Circuit], cache: str | Path | None) -> list[Task]:
     """Return the tasks that the dense model does: built-in ones, and those of its circuits."""
     own = {c.task.name: c.task for c in found.values() if ":nonsense" not in c.task.name}
     tasks = {name: get_task(name) for name in task_names()} | own
@@ -254,7 +253,8 @@ def _done_by_dense(run: Run, found: Mapping[str, Circuit], cache: Path | None) -
             return False  # the tokenizer cannot express it: `sparse.task_table` says why
         return score_batch(run.dense, batches["validation"]).does
 
-    names = kept(cache, about, lambda: {"does": [n for n, task in tasks.items() if does(task)]})
+    folder = Path(cache) if cache else None
+    names = kept(folder, about, lambda: {"does": [n for n, task in tasks.items() if does(task)]})
     return [tasks[name] for name in names["does"]]
 
 

@@ -2,7 +2,7 @@
 
     python examples/evaluate.py runs/tiny-demo --task single_double_quote
 
-`python -m evals RUN_DIR` does this for all circuits of a run; here are its parts, to build on.
+`python -m evals RUN_DIR` does this for all circuits of a run; here are its parts.
 """
 
 import argparse
@@ -33,32 +33,27 @@ def main() -> None:
         prune = f"python examples/find_circuit.py {args.run_dir} --task {args.task}"
         sys.exit(f"{args.run_dir} has circuits for {list(found)}; first: {prune}")
     circuit = found[name]
-    namesakes = {
-        other: c
-        for other, c in found.items()
-        if ":nonsense" not in other and c.task.family != circuit.task.family
-    }
+    others = {n: c for n, c in found.items() if ":nonsense" not in n}
+    others = {n: c for n, c in others.items() if c.task.family != circuit.task.family}
     twin = found.get(f"{name}:nonsense")  # what the same search finds for nonsense
-    beside = dict(nonsense=twin, namesakes=namesakes, draws=args.draws, seed=args.seed)
+    beside = dict(nonsense=twin, namesakes=others, draws=args.draws, seed=args.seed)
     text = run.heldout()
     mapped = map_circuit(circuit, run.dense, run.bridges, sparse_model=run.sparse)
     in_twin = evaluate_circuit(run.sparse, circuit, run.tokenizer, blocks=text[:16], **beside)
-    others = [c.task for c in namesakes.values()]
-    in_dense = evaluate_transfer(mapped, others=others, heldout=text[:16], **beside)
+    beside |= dict(others=[c.task for c in others.values()], heldout=text[:16])
+    in_dense = evaluate_transfer(mapped, **beside)
+    rows = {"the bridges": tuple(evaluate_bridge(run, text, seed=args.seed))}
+    rows |= {"in the sparse model": in_twin.rows, "in the dense model": in_dense.rows}
     report = Report(
         title=f"{name} in {run.dense.name}",
         claims=(*in_twin.claims, *in_dense.claims),
-        sections={
-            "the bridges": tuple(evaluate_bridge(run, text, seed=args.seed)),
-            "in the sparse model": in_twin.rows,
-            "in the dense model": in_dense.rows,
-        },
+        sections=rows,
         pictures=in_dense.pictures,
-        notes=circuit.notes,
         provenance={"seed": args.seed, "draws": args.draws, "run": run.manifest},
     )
     print(table(report))
-    print("wrote", *report.save(args.output_dir or run.output / "evaluations" / name))
+    folder = run.output / "evaluations" / name.replace(":", "-")
+    print("wrote", *report.save(args.output_dir or folder))
 
 
 if __name__ == "__main__":

@@ -45,16 +45,11 @@ def main() -> None:
         print(f"    probability {p0:.3f}, steered {p1:.3f}")
 
     found = run.circuits()
-    given = {
-        "nonsense": None if args.prune else found[f"{task.name}:nonsense"],  # None: learned now
-        "namesakes": {name: found[name] for name in ("while_return_true", "else_elif")},
-        "draws": args.draws,
-        "max_pairs": 24,
-        "facts": False,
-    }
-    others = [found[name].task for name in ("while_return_true", "else_elif")]
+    twin = None if args.prune else found[f"{task.name}:nonsense"]  # None: learned now
+    others = {name: found[name] for name in ("while_return_true", "else_elif")}
+    given = dict(nonsense=twin, namesakes=others, draws=args.draws, max_pairs=24, facts=False)
     in_twin = evaluate_circuit(run.sparse, circuit, run.tokenizer, **given)
-    in_dense = evaluate_transfer(mapped, others=others, **given)
+    in_dense = evaluate_transfer(mapped, others=[c.task for c in others.values()], **given)
     claims = (*in_twin.claims, *in_dense.claims)
     print("\n" + table(Report(title=task.meaning, claims=claims, sections={})))
 

@@ -105,9 +105,7 @@ def judge_circuit(
         namesake.check(run.sparse)
     check_numbers("judge_circuit", draws, max_pairs)
     if isinstance(kinds, str):
-        raise ValueError(
-            f"judge_circuit: kinds={kinds!r} is a text; give a list, kinds=[{kinds!r}]"
-        )
+        raise ValueError(f"judge_circuit: kinds={kinds!r} is a text; give kinds=[{kinds!r}]")
     kinds = list(dict.fromkeys(kinds))
     if unknown := set(kinds) - set(KINDS):
         raise ValueError(f"judge_circuit: no claim is called {sorted(unknown)}; there are {KINDS}")

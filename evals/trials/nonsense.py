@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from sparse.circuits.circuit import Circuit
 from sparse.circuits.graph import nodes_of
 from sparse.circuits.mask import by_location
@@ -39,7 +41,8 @@ def nonsense_of(
     twin = easier_nonsense(circuit.task, model, tokenizer)
     batch = twin.batch(tokenizer, "train", positions_of(model))
     batch = batch.to(next(model.parameters()).device)
-    tau = learn(model.eval(), batch, config, circuit.ablation)
+    with torch.enable_grad():  # the caller may measure without gradients
+        tau = learn(model.eval(), batch, config, circuit.ablation)
     everything = nodes_of(circuit.ablation)
     best = tau.argsort(descending=True, stable=True)[: len(circuit)].tolist()
     nodes = circuit.with_nodes([everything[i] for i in best], "nonsense")

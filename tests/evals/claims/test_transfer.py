@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from evals.claims.portrait import STRENGTHS
+from evals.claims.portrait import POINT_DRAWS, STRENGTHS
 from evals.claims.transfer import evaluate_transfer
 from sparse.circuits.score import circuit_logits
 from sparse.tasks.batch import logit_difference
@@ -37,7 +37,7 @@ def test_the_scatter_shows_the_claim_and_what_it_was_compared_with(evaluated):
     compared = [c for c in carries.conditions if "share" in c.detail]
     assert sorted(shown.values()) == sorted(c.against for c in compared) and shown
     kinds = [p.kind for p in scatter.points]
-    assert kinds.count("control") == 9 and kinds.count("reference") >= 1
+    assert kinds.count("control") == 3 * POINT_DRAWS and kinds.count("reference") >= 1
 
 
 def test_the_curve_begins_untouched_and_passes_through_the_claim(evaluated):

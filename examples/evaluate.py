@@ -2,7 +2,7 @@
 
     python examples/evaluate.py runs/tiny-demo --task single_double_quote
 
-`python -m evals RUN_DIR` does this for all circuits of a run; here are its parts.
+`python -m evals RUN_DIR` does this for all circuits of a run.
 """
 
 import argparse
@@ -18,7 +18,6 @@ def main() -> None:
     p.add_argument("run_dir", help="a run folder with the circuit (examples/find_circuit.py)")
     p.add_argument("--task", default="single_double_quote")
     p.add_argument("--draws", type=int, default=39, help="draws of every empty control")
-    p.add_argument("--seed", type=int, default=0, help="seed of every control")
     p.add_argument("--output_dir", help="default: RUN_DIR/evaluations/TASK")
     args = p.parse_args()
 
@@ -30,30 +29,28 @@ def main() -> None:
     found = run.circuits()
     name = get_task(args.task).name if ".jsonl" in args.task else args.task
     if name not in found:
-        prune = f"python examples/find_circuit.py {args.run_dir} --task {args.task}"
-        sys.exit(f"{args.run_dir} has circuits for {list(found)}; first: {prune}")
+        sys.exit(f"{args.run_dir} has circuits for {list(found)}; examples/find_circuit.py prunes")
     circuit = found[name]
-    others = {n: c for n, c in found.items() if ":nonsense" not in n}
-    others = {n: c for n, c in others.items() if c.task.family != circuit.task.family}
-    twin = found.get(f"{name}:nonsense")  # what the same search finds for nonsense
-    beside = dict(nonsense=twin, namesakes=others, draws=args.draws, seed=args.seed)
+    apart = lambda n: ":nonsense" not in n and found[n].task.family != circuit.task.family  # noqa: E731
+    others = {n: found[n] for n in filter(apart, found)}
     text = run.heldout()
+    twin = found.get(f"{name}:nonsense")  # what the same search finds for nonsense
+    beside = dict(nonsense=twin, namesakes=others, draws=args.draws)
     mapped = map_circuit(circuit, run.dense, run.bridges, sparse_model=run.sparse)
     in_twin = evaluate_circuit(run.sparse, circuit, run.tokenizer, blocks=text[:16], **beside)
     beside |= dict(others=[c.task for c in others.values()], heldout=text[:16])
     in_dense = evaluate_transfer(mapped, **beside)
-    rows = {"the bridges": tuple(evaluate_bridge(run, text, seed=args.seed))}
+    rows = {"the bridges": tuple(evaluate_bridge(run, text))}
     rows |= {"in the sparse model": in_twin.rows, "in the dense model": in_dense.rows}
     report = Report(
         title=f"{name} in {run.dense.name}",
         claims=(*in_twin.claims, *in_dense.claims),
         sections=rows,
         pictures=in_dense.pictures,
-        provenance={"seed": args.seed, "draws": args.draws, "run": run.manifest},
+        provenance={"draws": args.draws, "run": run.manifest},
     )
     print(table(report))
-    folder = run.output / "evaluations" / name.replace(":", "-")
-    print("wrote", *report.save(args.output_dir or folder))
+    print("wrote", *report.save(args.output_dir or run.output / "evaluations" / name))
 
 
 if __name__ == "__main__":

@@ -26,9 +26,8 @@ from dense import Edit, run_edited
 from evals.scores.paired import per_pair
 from sparse.circuits.graph import Node
 from sparse.circuits.taps import recorded
+from sparse.model.modes import still
 from sparse.tasks.batch import TaskBatch, logit_difference, task_nats
-
-from .twin_trial import measuring
 
 NUMBERS_AT_ONCE = 2**26
 """Largest number of activations and logits in one forward, as `Trial.together` counts them."""
@@ -81,7 +80,7 @@ class Trial:
         self.ids = self.batch.ids
         cf = self.batch.counterfactual()
         self.sources = cf if sources is None else sources.to(self.dense.device)
-        with measuring(self.sparse):
+        with torch.no_grad(), still(self.sparse):
             self.h = self.dense.residuals(self.ids)
             self.z = self.sparse.residuals(self.ids)
             with recorded(self.sparse) as self.there:
@@ -98,7 +97,7 @@ class Trial:
         steering = Steering(self.sources, nodes)
         chosen = steering.chosen(self.mapped)
         known = {"there": self.there, "clean": self.z}
-        with measuring(self.sparse):
+        with torch.no_grad(), still(self.sparse):
             dz = stream_change.replaced(self.sparse, self.ids, self.sources, chosen, **known)
         return Decoded(self.bridges, _finite(dz))
 

@@ -130,45 +130,30 @@ def pruned_for(folder: Path, kind: str, i: int, seed: int) -> Circuit:
     return circuit
 
 
-def on_own_task(kind: str) -> Callable[[int, Path], Case]:
-    """Return the cases of a circuit for targets without sense, asked for those targets."""
+def without_sense(kind: str, on_true: bool) -> Callable[[int, Path], Case]:
+    """Return the cases of a circuit for targets without sense.
+
+    It is asked for those targets, or for the true ones (`on_true`); for these it may be necessary
+    and needed, since it reads the same contexts.
+    """
 
     def case(i: int, folder: Path) -> Case:
         run, found = shipped()
         name, _ = task_of(i)
+        true = "the true circuit" if on_true else "the true task"
 
         def namesakes() -> dict[str, Circuit]:
             again = pruned_for(folder, kind, i, 1)
             others = {n: found[n] for n in TASKS if n != name}
-            return {"nonsense": again, "the true task": found[name], **others}
+            return {"nonsense": again, true: found[name], **others}
 
         circuit = pruned_for(folder, kind, i, 0)
         return Case(
-            run=run, circuit=circuit, namesakes=namesakes, others=other_tasks(name), kinds=ALL
-        )
-
-    return case
-
-
-def on_true_task(kind: str) -> Callable[[int, Path], Case]:
-    """Return the cases of a circuit for targets without sense, asked for the true targets."""
-
-    def case(i: int, folder: Path) -> Case:
-        run, found = shipped()
-        name, _ = task_of(i)
-
-        def namesakes() -> dict[str, Circuit]:
-            again = pruned_for(folder, kind, i, 1)
-            others = {n: found[n] for n in TASKS if n != name}
-            return {"nonsense": again, "the true circuit": found[name], **others}
-
-        circuit = replace(pruned_for(folder, kind, i, 0), task=found[name].task)
-        return Case(
             run=run,
-            circuit=circuit,
+            circuit=replace(circuit, task=found[name].task) if on_true else circuit,
             namesakes=namesakes,
             others=other_tasks(name),
-            kinds=("sufficient", "carries"),
+            kinds=("sufficient", "carries") if on_true else ALL,
         )
 
     return case
@@ -403,8 +388,8 @@ def planted(decoy: bool) -> Callable[[int, Path], Case]:
 
 
 NULLS: dict[str, Callable[[int, Path], Case]] = {
-    **{f"{kind} targets, on their own task": on_own_task(kind) for kind in MAKERS},
-    **{f"{kind} targets, on the true task": on_true_task(kind) for kind in MAKERS},
+    **{f"{kind} targets, on their own task": without_sense(kind, on_true=False) for kind in MAKERS},
+    **{f"{kind} targets, on the true task": without_sense(kind, on_true=True) for kind in MAKERS},
     "random circuits": random_nodes,
     "live-matched circuits": live_nodes,
     "another task's circuit": other_circuit,

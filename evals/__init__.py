@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .report.report import Report, table
     from .scores.score import Score
     from .scores.verdict import Claim, Condition
+    from .trials.matched import namesakes_of
 
 __version__ = "0.1.0"
 __sparse_bridges__ = "evals"
@@ -26,6 +27,7 @@ __all__ = [
     "evaluate_transfer",
     "evaluate_run",
     "judge_circuit",
+    "namesakes_of",
     "write_report",
     "table",
     "save_figures",
@@ -36,6 +38,7 @@ _HOME = {
     "Claim": "scores.verdict",
     "Condition": "scores.verdict",
     "judge_circuit": "claims.claims",
+    "namesakes_of": "trials.matched",
     "Report": "report.report",
     "evaluate_bridge": "claims.bridge",
     "evaluate_circuit": "claims.circuit",

@@ -23,7 +23,7 @@ from evals.report.twin_card import twin_card
 from evals.scores.pictures import Matrix, Pictures
 from evals.scores.score import Score
 from evals.scores.verdict import Claim
-from evals.trials.matched import at_size
+from evals.trials.matched import at_size, namesakes_of
 from evals.trials.prompts import check_numbers
 from sparse.circuits.circuit import Circuit
 from sparse.circuits.view.graph import graph
@@ -40,10 +40,6 @@ FACT_BLOCKS = 16
 NO_ROOM = (
     "the dense model is no better than unigram frequencies on this text: there is no loss to "
     "recover, and those rows are left out"
-)
-ALONE = (
-    "no other task that the dense model does: the claim 'needed' says nothing of what else the "
-    "circuits are needed for"
 )
 
 
@@ -74,16 +70,9 @@ class _Job:
             "seed": self.seed,
         }
 
-    def namesakes(self, name: str) -> dict[str, Circuit]:
-        """Return the true circuits of other families."""
-        own = self.found[name].task.family
-        return {
-            n: c for n, c in self.found.items() if ":nonsense" not in n and c.task.family != own
-        }
-
     def evaluation(self, name: str) -> Evaluation:
         """Return everything about one circuit, each half from the cache if it is there."""
-        beside = [f"{name}:nonsense", *self.namesakes(name)]
+        beside = [f"{name}:nonsense", *namesakes_of(self.found, name)]
         circuits = {n: circuit_mark(self.found[n]) for n in [name, *beside] if n in self.found}
         about = self.mark() | {
             "circuits": circuits,
@@ -106,7 +95,7 @@ class _Job:
     def _given(self, name: str) -> dict[str, Any]:
         return {
             "nonsense": self.found.get(f"{name}:nonsense"),
-            "namesakes": self.namesakes(name),
+            "namesakes": namesakes_of(self.found, name),
             "draws": self.draws,
             "max_pairs": self.max_pairs,
             "facts": self.facts,
@@ -169,7 +158,8 @@ def evaluate_run(
     found = run.circuits()
     names = _names(run, found, tasks)
     others = _done_by_dense(run, found, cache) if names else []
-    bar = tqdm(total=_ticks(settings, names, found), desc="evaluate", disable=not progress)
+    steps = _steps(settings, found)
+    bar = tqdm(total=len(names) * steps, desc="evaluate", disable=not progress)
     with bar:
         job = _Job(
             run=run,
@@ -183,7 +173,10 @@ def evaluate_run(
             **settings,
         )
         bridges = _bridges(job, 16 if quick else None)
-        each = {name: job.evaluation(name) for name in names}
+        each = {}
+        for i, name in enumerate(names):
+            each[name] = job.evaluation(name)
+            bar.update((i + 1) * steps - bar.n)  # what was kept, or could not be asked, took none
     facts_of = {**settings, "seed": seed, "quick": quick, "tasks": names, "run": run.manifest}
     untested = {n: "its task has no test pairs" for n, c in found.items() if not c.task.test}
     skipped = run.skipped() | untested if tasks is None else {}
@@ -194,7 +187,7 @@ def evaluate_run(
         sections={"Bridges": bridges, **_sections(each)},
         pictures=_pictures(each),
         graphs=tuple(graph(run.sparse, circuit) for circuit in circuits.values()),
-        notes=(*_notes(circuits, bridges, skipped, others), *shared_nodes(circuits, found)),
+        notes=(*_notes(circuits, bridges, skipped), *shared_nodes(circuits, found)),
         provenance=provenance(**facts_of),
     )
 
@@ -271,10 +264,10 @@ def _trials(
     return trials_of(mapped_of(run, found[names[0]]), tasks, run.tokenizer, most, seed)
 
 
-def _ticks(settings: Mapping[str, Any], names: Sequence[str], found: Mapping[str, Circuit]) -> int:
-    """Return how many steps the claims of these circuits have: draws, rivals and namesakes."""
-    circuits = sum(":nonsense" not in name for name in found)
-    return len(names) * (8 * settings["draws"] + 4 + circuits)
+def _steps(settings: Mapping[str, Any], found: Mapping[str, Circuit]) -> int:
+    """Return how many steps the claims of a circuit have: draws, rivals and namesakes."""
+    circuits = sum(not name.endswith(":nonsense") for name in found)
+    return 8 * settings["draws"] + 4 + circuits
 
 
 def _bridges(job: _Job, blocks: int | None) -> tuple[Score, ...]:
@@ -325,16 +318,11 @@ def _notes(
     circuits: Mapping[str, Circuit],
     bridges: Sequence[Score],
     skipped: Mapping[str, str],
-    others: Sequence[Task],
 ) -> tuple[str, ...]:
     """Return what a reader must know before believing the numbers."""
     notes = [f"{name}: {note}" for name, circuit in circuits.items() for note in circuit.notes]
     if not circuits:
         notes.append("no circuit in this run: only the bridges were measured")
-    elif {task.family for task in others} <= {c.task.family for c in circuits.values()} and len(
-        circuits
-    ) == 1:
-        notes.append(ALONE)
     notes += [f"{name} was left out: {' '.join(why.split())}" for name, why in skipped.items()]
     if not any(row.key.startswith("bridge.recovered") for row in bridges):
         notes.append(NO_ROOM)

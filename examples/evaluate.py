@@ -18,24 +18,30 @@ def main() -> None:
     p.add_argument("run_dir", help="a run folder with the circuit (examples/find_circuit.py)")
     p.add_argument("--task", default="single_double_quote")
     p.add_argument("--draws", type=int, default=39, help="draws of every empty control")
+    p.add_argument("--seed", type=int, default=0, help="seed of every control")
     p.add_argument("--output_dir", help="default: RUN_DIR/evaluations/TASK")
     args = p.parse_args()
 
     from bridges import load_run, map_circuit
-    from evals import Report, evaluate_bridge, evaluate_circuit, evaluate_transfer, table
+    from evals import (
+        Report,
+        evaluate_bridge,
+        evaluate_circuit,
+        evaluate_transfer,
+        namesakes_of,
+        table,
+    )
     from sparse import get_task
 
     run = load_run(args.run_dir)
     found = run.circuits()
     name = get_task(args.task).name if ".jsonl" in args.task else args.task
-    if name not in found:
+    if (circuit := found.get(name)) is None:
         sys.exit(f"{args.run_dir} has circuits for {list(found)}; examples/find_circuit.py prunes")
-    circuit = found[name]
-    apart = lambda n: ":nonsense" not in n and found[n].task.family != circuit.task.family  # noqa: E731
-    others = {n: found[n] for n in filter(apart, found)}
+    others = namesakes_of(found, name)
     text = run.heldout()
     twin = found.get(f"{name}:nonsense")  # what the same search finds for nonsense
-    beside = dict(nonsense=twin, namesakes=others, draws=args.draws)
+    beside = dict(nonsense=twin, namesakes=others, draws=args.draws, seed=args.seed)
     mapped = map_circuit(circuit, run.dense, run.bridges, sparse_model=run.sparse)
     in_twin = evaluate_circuit(run.sparse, circuit, run.tokenizer, blocks=text[:16], **beside)
     beside |= dict(others=[c.task for c in others.values()], heldout=text[:16])
@@ -47,7 +53,7 @@ def main() -> None:
         claims=(*in_twin.claims, *in_dense.claims),
         sections=rows,
         pictures=in_dense.pictures,
-        provenance={"draws": args.draws, "run": run.manifest},
+        provenance={"draws": args.draws, "seed": args.seed, "run": run.manifest},
     )
     print(table(report))
     print("wrote", *report.save(args.output_dir or run.output / "evaluations" / name))

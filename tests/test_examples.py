@@ -37,7 +37,7 @@ PRINTS = {  # example: what it must have printed
 }
 SMALL = {  # in the Python tour; the twin of six steps does no task
     "PruneConfig(n_steps=600)": "PruneConfig(n_steps=4), force=True",
-    "nonsense=twin)": "nonsense=twin, draws=1, max_pairs=5, facts=False)",
+    "nonsense=twin, ": "nonsense=twin, draws=1, max_pairs=5, facts=False, ",
 }
 
 

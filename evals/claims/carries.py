@@ -18,13 +18,14 @@ of other tasks.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from evals.scores.clusters import FEWEST, fixed, resampled
+from evals.scores.clusters import FEWEST, resampled
 from evals.scores.verdict import Claim, Condition, favours, outranks, premise, threshold
 from evals.trials.arms import (
     Arm,
@@ -42,8 +43,7 @@ from evals.trials.dense_trial import Decoded, Deltas, Trial
 from evals.trials.matched import NONSENSE, apart, at_size, called
 from sparse.circuits.circuit import Circuit
 
-from .judge import judged
-from .twin import LEAST, few_others, no_namesake
+from .judge import LEAST, about, few_others, judged, no_namesake
 
 ROOM = 0.1
 """Least gap between P_cf and P_0: with less, the dense model does not tell the contexts apart."""
@@ -63,6 +63,7 @@ class Carrying:
         self.make: Callable[[Trial], Decoded] = once(steering(circuit))
         self.own: Arm = splits.placed("the circuit", self.make, share)
         self.logits: Float[Tensor, "prompt vocab"] = splits.run(self.own)
+        splits.test.check(self.own.site, self.make(splits.test)(self.own.site))
         self.rivals: dict[str, Make] = {
             "embedding": lambda trial: trial.embedded(),
             "all_nodes": steering(everything(circuit)),
@@ -89,10 +90,10 @@ class Carrying:
         """Return the deltas of random nodes, at the length that they have."""
         return steering(apart(self.circuit, seed))
 
-    def reached(self, name: str, make: Make) -> Arm | None:
-        """Return an arm at its own site, scaled to the circuit's share; None where it never is."""
+    def reached(self, name: str, make: Make) -> tuple[Arm, Arm | None]:
+        """Return an arm at its own site, and scaled to the circuit's share; None: never there."""
         arm = self.splits.placed(name, make, share)
-        return self.splits.reaching(arm, self.own.on_validation)
+        return arm, self.splits.reaching(arm, self.own.on_validation)
 
 
 WORDS = {
@@ -141,61 +142,62 @@ def carrying(
     told = premise(
         "does", "the dense model tells the contexts apart", gap, ROOM, "probability", "higher"
     )
-    facts = {"unmatched pairs": unmatched, **about(trial), "P": float(trial.p_0.mean())}
+    fewest = min(trial.batch.n_pairs, splits.validation.batch.n_pairs)
+    premises = [_with_sources(fewest), told]
+    facts = {"unmatched pairs": unmatched, **about(trial.batch), "P": float(trial.p_0.mean())}
     name = circuit.task.name
-    if told.state != "holds":
-        return judged("carries", name, 0.0, "fraction", iter([told]), facts), None
+    if missed := [condition for condition in premises if condition.state != "holds"]:
+        return judged("carries", name, 0.0, "fraction", iter(missed), facts), None
     arms = Carrying(splits, circuit, namesakes)
-    own = share(trial, arms.logits)
-    facts |= {"site": arms.own.site, "share on validation": arms.own.on_validation}
-    conditions = _conditions(arms, told, own, draws, seed, tick, facts)
+    own, collateral = share(trial, arms.logits), trial.collateral_a(arms.logits)
+    facts |= {
+        "site": arms.own.site,
+        "share on validation": arms.own.on_validation,
+        "collateral A": float(collateral.mean()),
+        "collateral B": float(trial.collateral_b(arms.logits).mean()),
+    }
+    conditions = chain(premises, _conditions(arms, own, collateral, draws, seed, tick))
     return judged("carries", name, own, "fraction", conditions, facts, stop_early), arms
 
 
 def _conditions(
     arms: Carrying,
-    told: Condition,
     own: float,
+    collateral: Float[Tensor, " pair"],
     draws: int,
     seed: int,
     tick: Tick,
-    facts: dict[str, Any],
 ) -> Iterator[Condition]:
-    trial = arms.splits.test
-    yield told
     yield from few_others(arms.circuit)
+    yield from _few_clusters(arms.splits.test)
     yield threshold("share", "share of the answer that it moves", own, LEAST, "fraction", "higher")
     for name, deltas in arms.empty(draws, seed).items():
         found = arms.splits.statistics(deltas, share, tick)
         words = f"a larger share than {WORDS[name]} of its length"
         yield outranks(f"empty.{name}", words, own, found, "fraction", "higher")
-    mine = trial.collateral_a(arms.logits)
-    facts |= {"collateral A": float(mine.mean())}
-    facts |= {"collateral B": float(trial.collateral_b(arms.logits).mean())}
     both = {f"rival.{k}": (WORDS[k], make) for k, make in arms.rivals.items()}
     both |= {f"namesake.{k}": (called(k), make) for k, make in arms.namesakes.items()}
     for key, (words, make) in both.items():
-        yield _against(arms, key, words, make, own, mine)
+        yield _against(arms, key, words, make, collateral)
         tick()
     yield from no_namesake(arms.namesakes)
 
 
 def _against(
-    arms: Carrying, key: str, words: str, make: Make, own: float, mine: Float[Tensor, " pair"]
+    arms: Carrying, key: str, words: str, make: Make, collateral: Float[Tensor, " pair"]
 ) -> Condition:
     """Return the condition that the circuit has less collateral A than an arm of equal share."""
     trial, goal = arms.splits.test, arms.own.on_validation
-    arm = arms.reached(words, make)
+    at_full, arm = arms.reached(words, make)
     if arm is None:
-        most = arms.splits.placed(words, make, share).on_validation
-        name = f"{words} never reaches its share"
-        return threshold(f"{key}", name, goal, min(most, goal), "fraction", "higher")
+        most, name = min(at_full.on_validation, goal), f"{words} never reaches its share"
+        return threshold(key, name, goal, most, "fraction", "higher")
     logits = arms.splits.run(arm)
     theirs = trial.collateral_a(logits)
     return favours(
         key,
         f"less collateral than {words}",
-        resampled((mine - theirs)[:, None], trial.batch.groups),
+        resampled((collateral - theirs)[:, None], trial.batch.groups),
         float(theirs.mean()),
         "nats",
         "lower",
@@ -206,15 +208,21 @@ def _against(
     )
 
 
-def about(trial: Trial) -> dict[str, Any]:
-    """Return how many pairs and levels a trial has."""
-    batch = trial.batch
-    return {
-        "pairs": batch.n_pairs,
-        "split": batch.split,
-        "levels": batch.levels(),
-        "fixed": fixed(batch.groups),
-    }
+def _with_sources(pairs: int) -> Condition:
+    name = "pairs of a split that have an unrelated source"
+    return premise("sources", name, float(pairs), float(FEWEST), "pairs", "higher")
+
+
+def _few_clusters(trial: Trial) -> Iterator[Condition]:
+    """Yield a premise that is missed where no interval can be given for these pairs.
+
+    Rivals that never reach the circuit's share are beaten without an interval; what they were
+    beaten on must still be more than a few words.
+    """
+    found = resampled(trial.p_0[:, None], trial.batch.groups)
+    if found.draws is None:
+        name = f"levels of {found.factor} among its pairs"
+        yield premise("clusters", name, float(found.n_clusters), float(FEWEST), "levels", "higher")
 
 
 def mean_difference(train: Trial) -> Make:
@@ -244,16 +252,7 @@ def mean_difference(train: Trial) -> Make:
     return made
 
 
-def too_few(task: str, pairs: int, unmatched: int) -> Claim:
-    """Return the claim that cannot be told, since fewer than FEWEST pairs have a source."""
-    if pairs >= FEWEST:
-        raise ValueError(f"too_few: {pairs} pairs are enough; judge them (`carries`)")
-    few = premise(
-        "sources",
-        "pairs that have an unrelated source",
-        float(pairs),
-        float(FEWEST),
-        "pairs",
-        "higher",
-    )
-    return judged("carries", task, 0.0, "fraction", iter([few]), {"unmatched pairs": unmatched})
+def without_sources(task: str, unmatched: int) -> Claim:
+    """Return the claim that cannot be told, since no pair of a split has an unrelated source."""
+    facts = {"unmatched pairs": unmatched}
+    return judged("carries", task, 0.0, "fraction", iter([_with_sources(0)]), facts)

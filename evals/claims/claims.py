@@ -17,7 +17,7 @@ from sparse.circuits.circuit import Circuit
 from sparse.tasks.score import positions_of
 from sparse.tasks.task import Task
 
-from .carries import carries, too_few
+from .carries import carries, without_sources
 from .needed import needed
 from .twin import necessary, sufficient
 
@@ -88,7 +88,7 @@ def judge_circuit(
     - `stop_early` leaves out every condition after the first that does not hold. The verdict is
       then not positive, and says only that one reason.
 
-    Raises ValueError for a circuit of another model, and for fewer than one draw.
+    Raises ValueError for a circuit or bridges of other models, and for fewer than one draw.
 
     >>> from bridges import load_run
     >>> from evals import judge_circuit
@@ -100,6 +100,7 @@ def judge_circuit(
     >>> claims[0].outcome
     'negative'
     """
+    run.bridges.check(run.dense, run.sparse)
     circuit.check(run.sparse)
     for namesake in namesakes.values():
         namesake.check(run.sparse)
@@ -148,5 +149,5 @@ def _carries(
     circuit, seed = mapped.circuit, options["seed"]
     both, missing = unrelated_splits(mapped, circuit.task, run.tokenizer, max_pairs, seed)
     if both is None:
-        return too_few(circuit.task.name, 0, missing)
+        return without_sources(circuit.task.name, missing)
     return carries(both, circuit, namesakes, unmatched=missing, **options)

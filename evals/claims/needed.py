@@ -29,9 +29,8 @@ from sparse.circuits.circuit import Circuit
 from sparse.tasks.batch import CHANCE
 from sparse.tasks.score import DOES
 
-from .carries import WORDS, about
-from .judge import judged
-from .twin import LEAST, few_others, no_namesake
+from .carries import WORDS
+from .judge import LEAST, about, few_others, judged, no_namesake
 
 Tick = Callable[[], object]
 
@@ -64,22 +63,26 @@ def needed(
     """Return claim 4 of a circuit.
 
     `namesakes` are as in `carries`; of the nonsense twin's ranking the first nodes outside the
-    circuit are taken. `others` are test trials of tasks of other families that the dense model
-    does. `heldout` are blocks of text for a fact: the nats per token
-    that the same ablation costs there.
+    circuit are taken. `others` are test trials of tasks of other families; those that the dense
+    model does not do on test are left out and named in the facts. `heldout` are blocks of text for
+    a fact: the nats per token that the same ablation costs there.
     """
     trial = splits.test
     own_nats = float(trial.nats_0.mean())
     does = premise("does", "the dense model does the task", own_nats, DOES, "nats", "lower")
-    name, facts = circuit.task.name, {**about(trial), "untouched": own_nats}
+    name, facts = circuit.task.name, {**about(trial.batch), "untouched": own_nats}
     if does.state != "holds":
         return judged("needed", name, 0.0, "fraction", iter([does]), facts)
     make = once(ablating(circuit))
     arm = splits.placed("the circuit", make, harm)
     logits = splits.run(arm)
+    trial.check(arm.site, make(trial)(arm.site))
     own = harm(trial, logits)
     facts |= {"site": arm.site, "harm on validation": arm.on_validation}
     facts |= {"task loss": float(trial.nats(logits).mean())}
+    done = {k: other for k, other in others.items() if float(other.nats_0.mean()) <= DOES}
+    if undone := [k for k in others if k not in done]:
+        facts |= {"other tasks that it does on validation only": undone}
     if heldout is not None:
         facts |= {"held-out text, nats per token": text_harm(trial, circuit, arm.site, heldout)}
 
@@ -87,13 +90,13 @@ def needed(
         yield does
         yield from few_others(circuit)
         yield threshold("harm", "harm of ablating it", own, LEAST, "fraction", "higher")
-        yield from _specific(trial, others, make, arm)
+        yield from _specific(trial, done, make, arm)
         for k, namesake in namesakes.items():
             yield _namesake(splits, circuit, k, namesake, make, logits)
         yield from _empty(splits, circuit, make, own, draws, seed, tick)
         yield from no_namesake(namesakes)
-        if not others:  # "for this task more than for others" was not asked
-            words = "other tasks that the dense model does"
+        if not done:  # "for this task more than for others" was not asked
+            words = "other tasks that the dense model does (give others=)"
             yield premise("others", words, 0.0, 1.0, "tasks", "higher")
 
     return judged("needed", name, own, "fraction", conditions(), facts, stop_early)

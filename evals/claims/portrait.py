@@ -78,7 +78,7 @@ def scatter(arms: Carrying, claim: Claim, train: Trial | None, seed: int) -> Sca
 
 def reference(arms: Carrying, train: Trial) -> Arm | None:
     """Return the mean dense difference over train pairs, at the circuit's share; None: never."""
-    return arms.reached("the mean dense difference (no twin)", mean_difference(train))
+    return arms.reached("the mean dense difference (no twin)", mean_difference(train))[1]
 
 
 def _point(label: str, kind: str, trial: Trial, logits: Tensor, detail: dict[str, int]) -> Point:

@@ -25,7 +25,7 @@ from sparse.circuits.circuit import Circuit
 from sparse.tasks.task import Task
 
 from . import portrait
-from .carries import Carrying, carrying, too_few
+from .carries import Carrying, carrying, without_sources
 from .claims import Trials, trials_of
 from .evaluation import Evaluation
 from .needed import needed
@@ -69,6 +69,7 @@ def evaluate_transfer(
     """
     tokenizer = tokenizer or dense_circuit.tokenizer
     check_numbers("evaluate_transfer", draws, max_pairs)
+    dense_circuit.bridges.check(dense_circuit.dense, dense_circuit.sparse)
     for namesake in (namesakes or {}).values():
         namesake.check(dense_circuit.sparse)
     nonsense = nonsense_of(dense_circuit.sparse, dense_circuit.circuit, tokenizer, nonsense)
@@ -120,5 +121,5 @@ def _carries(
         ask.mapped, circuit.task, ask.tokenizer, ask.max_pairs, options["seed"]
     )
     if both is None:
-        return too_few(circuit.task.name, 0, missing), None
+        return without_sources(circuit.task.name, missing), None
     return carrying(both, circuit, namesakes, unmatched=missing, **options)

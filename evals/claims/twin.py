@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from evals.scores.clusters import fixed, ratio, resampled
+from evals.scores.clusters import ratio, resampled
 from evals.scores.verdict import Claim, Condition, favours, outranks, premise, threshold
 from evals.trials.matched import NONSENSE, activity_of, apart, at_size, called, outside
 from evals.trials.twin_trial import TwinTrial, measuring
@@ -33,10 +33,8 @@ from sparse.circuits.circuit import Circuit
 from sparse.tasks.batch import CHANCE
 from sparse.tasks.score import DOES
 
-from .judge import judged
+from .judge import LEAST, about, few_others, judged, no_namesake
 
-LEAST = 0.25
-"""Least harm, and least share, that a claim asks for."""
 NEAR = 0.1
 """Largest distance of a stochastic loss from that of the whole model, in nats."""
 SLACK = 0.05
@@ -180,35 +178,12 @@ def _necessary(
     yield from no_namesake(namesakes)
 
 
-def few_others(circuit: Circuit) -> Iterator[Condition]:
-    """Yield a premise that is missed where the model has too few other nodes for a control."""
-    if (n := len(apart(circuit, 0))) < len(circuit):
-        name = "other nodes, as many at each location, for a control"
-        yield premise("room", name, float(n), float(len(circuit)), "nodes", "higher")
-
-
-def no_namesake(namesakes: Mapping[str, Any]) -> Iterator[Condition]:
-    """Yield a premise that is missed where no namesake was given: nothing could have refuted it."""
-    if not namesakes:
-        yield premise(
-            "namesakes", "circuits found for something else", 0.0, 1.0, "circuits", "higher"
-        )
-
-
 def _does(nats: float) -> Condition:
     return premise("does", "the sparse model does the task", nats, DOES, "nats", "lower")
 
 
 def _facts(trial: TwinTrial, circuit: Circuit) -> dict[str, Any]:
-    batch = trial.batch
-    return {
-        "nodes": len(circuit),
-        "whole model": _mean(trial.full),
-        "pairs": batch.n_pairs,
-        "split": batch.split,
-        "levels": batch.levels(),
-        "fixed": fixed(batch.groups),
-    }
+    return {"nodes": len(circuit), "whole model": _mean(trial.full), **about(trial.batch)}
 
 
 def _mean(x: Float[Tensor, " pair"]) -> float:

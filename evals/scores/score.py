@@ -33,6 +33,7 @@ Unit = Literal[
     "pairs",
     "circuits",
     "tasks",
+    "levels",
 ]
 Better = Literal["higher", "lower"]
 Outcome = Literal["beats", "worse", "indistinguishable"]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
 from sparse.storage.records import checked
@@ -174,10 +174,7 @@ def premise(
     key: str, name: str, value: float, against: float, unit: Unit, better: Better, **detail: Any
 ) -> Condition:
     """Return the condition without which the claim means nothing: missed, one cannot tell."""
-    return Condition(
-        key=key, name=name, test="premise", unit=unit, value=value, against=against,
-        better=better, detail=detail,
-    )  # fmt: skip
+    return replace(threshold(key, name, value, against, unit, better, **detail), test="premise")
 
 
 def outranks(

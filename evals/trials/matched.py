@@ -112,6 +112,18 @@ def called(name: str) -> str:
     return "the nonsense twin's circuit" if name == NONSENSE else f"the circuit for {name}"
 
 
+def namesakes_of(found: Mapping[str, Circuit], name: str) -> dict[str, Circuit]:
+    """Return the circuits for tasks of other families than this one's, without nonsense twins'.
+
+    >>> from bridges import load_run
+    >>> from evals import namesakes_of
+    >>> list(namesakes_of(load_run("tiny").circuits(), "else_elif"))[:2]
+    ['single_double_quote', 'while_return_true']
+    """
+    own = found[name].task.family
+    return {n: c for n, c in found.items() if c.task.family != own and not n.endswith(":nonsense")}
+
+
 def ranked_nodes(circuit: Circuit) -> list[Node]:
     """Return all nodes of the model in the order of the circuit's ranking, the best first."""
     everything = nodes_of(circuit.ablation)

@@ -50,18 +50,6 @@ def nonsense_of(
     return replace(nodes, task=twin, ranking=ranking)
 
 
-def nonsense_at_size(
-    model: SparseGPT, circuit: Circuit, tokenizer: Any, nonsense: Circuit | None = None
-) -> Circuit:
-    """Return the nonsense twin's circuit of this circuit's size.
-
-    Its nodes are the first of the ranking of `nonsense_of`. They are as many as this circuit had
-    before its clean-up, so the twin never has fewer nodes than the circuit.
-    """
-    k = max(len(circuit), circuit.config.get("k_before_clean_up", 0))
-    return nonsense_of(model, circuit, tokenizer, nonsense).resized(k)
-
-
 def _config(circuit: Circuit) -> PruneConfig:
     known = PruneConfig.__dataclass_fields__
     return PruneConfig.from_dict({k: v for k, v in circuit.config.items() if k in known})

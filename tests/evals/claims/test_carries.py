@@ -1,14 +1,16 @@
 """Laws of the claim that a circuit carries the variable in the dense model: nulls never do."""
 
-from copy import deepcopy
+from copy import copy, deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
 
 from evals.claims import carries as module
-from evals.claims.carries import Carrying, carries, mean_difference, share, too_few
+from evals.claims.carries import Carrying, carries, mean_difference, share, without_sources
 from evals.scores.clusters import resampled
 from evals.scores.controls import rotation
+from evals.trials.arms import Splits
 from evals.trials.prompts import splits as paired_splits
 from evals.trials.prompts import unrelated_splits
 from sparse import get_task
@@ -59,7 +61,7 @@ def test_the_shipped_circuit_carries_the_variable(claim):
     keys = [condition.key for condition in claim.conditions]
     rivals = [f"rival.{name}" for name in ("embedding", "all_nodes", "complement", "patch")]
     empty = [f"empty.{name}" for name in ("rotations", "decoders", "nodes")]
-    assert keys == ["does", "share", *empty, *rivals, "namesake.while"]
+    assert keys == ["sources", "does", "share", *empty, *rivals, "namesake.while"]
     assert claim.facts["unmatched pairs"] == 2 and claim.facts["split"] == "test"
 
 
@@ -117,7 +119,10 @@ def test_as_many_random_nodes_carry_nothing(splits_of, quotes, random_of):
     )
 
 
-def test_a_rival_that_never_reaches_the_share_is_beaten(splits, quotes, monkeypatch):
+@pytest.fixture
+def weak(monkeypatch):
+    """Makes the full patch do nothing, and puts the circuit itself among its rivals."""
+
     class Weak(Carrying):
         def __init__(self, *given):
             super().__init__(*given)
@@ -125,6 +130,9 @@ def test_a_rival_that_never_reaches_the_share_is_beaten(splits, quotes, monkeypa
             self.rivals = {"patch": nothing, "embedding": self.make}
 
     monkeypatch.setattr(module, "Carrying", Weak)
+
+
+def test_a_rival_that_never_reaches_the_share_is_beaten(splits, quotes, weak):
     claim = carries(splits, quotes, {}, draws=1)
     never, itself = claim["rival.patch"], claim["rival.embedding"]
     assert never.state == "holds" and "never reaches its share" in never.name
@@ -144,16 +152,40 @@ def test_a_rival_with_less_collateral_at_equal_share_refutes_the_claim(splits, q
     assert claim["rival.patch"].detail["factor"] < 1
 
 
-def test_with_too_few_pairs_one_cannot_tell(splits_of, quotes):
-    splits = splits_of(quotes, pairs=4)
-    assert splits.test.batch.n_pairs <= 4
-    claim = carries(splits, quotes, {}, draws=1)
-    rivals = [c for c in claim.conditions if c.test == "interval"]
-    assert rivals and all(c.state == "open" and c.interval is None for c in rivals)
-    assert claim.outcome == "cannot tell" and "give no interval" in claim.reason
-    none = too_few("quotes", 3, 9)
+def test_with_too_few_pairs_one_cannot_tell(splits_of, quotes, splits):
+    few = splits_of(quotes, pairs=4)
+    assert few.test.batch.n_pairs <= 4
+    mixed = Splits(validation=few.validation, test=splits.test)  # too few to choose a site by
+    for given in (few, mixed):
+        claim = carries(given, quotes, {}, draws=1)
+        assert claim.outcome == "cannot tell" and [c.key for c in claim.conditions] == ["sources"]
+        assert "pairs of a split that have an unrelated source: 4 beside 5" in claim.reason
+    none = without_sources("quotes", 9)
     assert none.outcome == "cannot tell" and none.facts == {"unmatched pairs": 9}
-    assert "pairs that have an unrelated source: 3 beside 5" in none.reason
+    assert "pairs of a split that have an unrelated source: 0 beside 5" in none.reason
+
+
+def test_with_few_words_among_many_pairs_one_cannot_tell_though_no_rival_comes_near(
+    splits, quotes, weak
+):
+    n = splits.test.batch.n_pairs
+    test = copy(splits.test)
+    test.batch = replace(test.batch, groups={"word": ("red", "green") * (n // 2)})
+    given = Splits(validation=splits.validation, test=test)
+    claim = carries(given, quotes, {}, draws=K)
+    assert claim["rival.patch"].state == "holds" and n >= 10
+    assert claim["clusters"].state == "open" and claim.outcome == "cannot tell"
+    assert "levels of word among its pairs: 2 beside 5" in claim.reason
+    assert "clusters" not in [c.key for c in carries(splits, quotes, {}, draws=1).conditions]
+
+
+def test_a_dense_model_that_resumes_to_something_else_is_refused(splits, quotes, monkeypatch):
+    dense = splits.test.dense
+    true = dense.resume
+    wrong = lambda site, h, ids, **how: true(site, h, ids, **how) + 0.1 * site  # noqa: E731
+    monkeypatch.setattr(dense, "resume", wrong)
+    with pytest.raises(ValueError, match="resuming there differ by"):
+        Carrying(splits, quotes, {})
 
 
 def test_where_the_dense_model_does_not_tell_the_contexts_apart_one_cannot_tell(splits_of, quotes):

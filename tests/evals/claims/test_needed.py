@@ -1,6 +1,7 @@
 """Laws of the claim that the dense model needs a circuit, for its task more than for others."""
 
 import math
+from copy import copy
 
 import pytest
 import torch
@@ -98,6 +99,15 @@ def test_it_must_harm_its_own_task_more_than_others_at_its_own_site(claim, split
 def test_harm_to_the_own_task_is_not_more_than_itself(splits, quotes):
     claim = needed(splits, quotes, {}, {"itself": splits.test}, draws=1)
     assert claim["specific.itself"].state == "open" and claim.outcome == "cannot tell"
+
+
+def test_another_task_that_the_dense_model_does_not_do_on_test_is_left_out(splits, quotes, other):
+    failed = copy(other)
+    failed.nats_0 = other.nats_0 + 1
+    claim = needed(splits, quotes, {}, {"while": failed}, draws=1)
+    assert claim.facts["other tasks that it does on validation only"] == ["while"]
+    assert "specific.while" not in [c.key for c in claim.conditions]
+    assert claim["others"].state == "open" and "give others=" in claim.reason
 
 
 def test_a_circuit_that_another_task_needs_more_is_not_for_this_one(splits_of, tiny, mapped, found):

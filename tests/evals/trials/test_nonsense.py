@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from evals.trials.nonsense import nonsense_at_size, nonsense_of
+from evals.trials.matched import at_size
+from evals.trials.nonsense import nonsense_of
 from sparse.circuits.pruning.config import PruneConfig
 from sparse.circuits.pruning.learn import learn
 from sparse.circuits.pruning.prune import prune
@@ -26,7 +27,7 @@ def easier(sparse, pruned, dense):
 def test_it_has_the_circuit_s_size_and_is_of_the_direction_that_the_model_likes(
     sparse, pruned, dense, easier
 ):
-    learned = nonsense_at_size(sparse, pruned, dense.tokenizer)
+    learned = at_size(nonsense_of(sparse, pruned, dense.tokenizer), pruned, exactly=True)
     assert learned.task == easier
     assert len(learned) == max(len(pruned), pruned.config["k_before_clean_up"])
     assert learned.ranking.keys() == pruned.ablation.keys()
@@ -35,17 +36,23 @@ def test_it_has_the_circuit_s_size_and_is_of_the_direction_that_the_model_likes(
 def test_the_ranking_of_the_pruned_twin_saves_learning_it_again(
     sparse, pruned, dense, easier, monkeypatch
 ):
-    learned = nonsense_at_size(sparse, pruned, dense.tokenizer)
+    learned = at_size(nonsense_of(sparse, pruned, dense.tokenizer), pruned, exactly=True)
     twin = prune(sparse, easier, QUICK, tokenizer=dense.tokenizer, force=True)
     unlike = replace(twin, config=twin.config | {"n_steps": 81})
     calls = []
     monkeypatch.setattr("evals.trials.nonsense.learn", lambda *a: calls.append(a) or learn(*a))
-    assert nonsense_at_size(sparse, pruned, dense.tokenizer, twin).nodes == learned.nodes
+    assert (
+        at_size(nonsense_of(sparse, pruned, dense.tokenizer, twin), pruned, exactly=True).nodes
+        == learned.nodes
+    )
     turned = replace(twin, task=exchanged(easier))  # found in the other direction: taken as it is
     assert nonsense_of(sparse, pruned, dense.tokenizer, turned) is turned
     assert not calls
     for other in (None, unlike, replace(twin, ranking={})):
-        assert nonsense_at_size(sparse, pruned, dense.tokenizer, other).nodes == learned.nodes
+        assert (
+            at_size(nonsense_of(sparse, pruned, dense.tokenizer, other), pruned, exactly=True).nodes
+            == learned.nodes
+        )
     assert len(calls) == 3
 
 

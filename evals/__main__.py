@@ -39,10 +39,14 @@ def main(arguments: list[str] | None = None) -> int:
     from bridges import load_run
     from evals.report.report import table
 
+    from .cache import forget
     from .evaluate import evaluate_run, write_report
 
     try:
         run = load_run(args.run_dir)
+        cache = run.output / "evaluated"
+        if args.fresh:
+            forget(cache)
         report = evaluate_run(
             run,
             tasks=args.tasks,
@@ -51,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
             facts=not args.no_facts,
             seed=args.seed,
             quick=args.quick,
-            cache=None if args.fresh else run.output / "evaluated",
+            cache=cache,
             progress=sys.stderr.isatty(),
         )
         paths = write_report(run, report)
@@ -59,7 +63,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; start it again to go on from what is finished", file=sys.stderr)
+        print(
+            "interrupted; start it again, without --fresh, to go on from what is finished",
+            file=sys.stderr,
+        )
         return INTERRUPTED
     print(table(report))
     print("\nwrote " + "\n      ".join(str(path) for path in paths))

@@ -38,6 +38,12 @@ def kept(folder: Path | None, about: dict[str, Any], make: Callable[[], dict[str
     return part
 
 
+def forget(folder: Path) -> None:
+    """Remove all parts that are kept in a folder, so that they are made anew."""
+    for path in folder.glob("*.json"):
+        path.unlink()
+
+
 def fingerprint(values: Any) -> str:
     """Return a hash of plain JSON values, the same in every process."""
     text = json.dumps(values, sort_keys=True, ensure_ascii=True)

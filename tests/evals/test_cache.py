@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bridges import BridgeSet
-from evals.cache import bridges_mark, circuit_mark, kept
+from evals.cache import bridges_mark, circuit_mark, forget, kept
 
 
 def test_a_part_is_made_once_and_again_when_anything_is_another(tmp_path):
@@ -60,3 +60,12 @@ def test_the_mark_of_bridges_sees_one_weight(tiny):
     with torch.no_grad():
         other.decoders[0].weight[0, 0] += 1e-3
     assert bridges_mark(other) != bridges_mark(tiny.bridges)
+
+
+def test_what_is_forgotten_is_made_anew_and_nothing_else_is_lost(tmp_path):
+    kept(tmp_path, {}, lambda: {"n": 1})
+    (tmp_path / "mine.txt").write_text("a note")
+    forget(tmp_path)
+    forget(tmp_path / "never made")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+    assert kept(tmp_path, {}, lambda: {"n": 2}) == {"n": 2}

@@ -21,7 +21,7 @@ def test_the_claims_are_judged_against_every_kind_of_rival(evaluated):
     carries, needed = evaluated.claims
     assert (carries.kind, needed.kind) == ("carries", "needed")
     parts = {key.partition(".")[0] for key in (c.key for c in carries.conditions)}
-    assert parts == {"does", "share", "empty", "rival", "namesake"}
+    assert parts == {"sources", "does", "share", "empty", "rival", "namesake"}
     parts = {key.partition(".")[0] for key in (c.key for c in needed.conditions)}
     assert parts == {"does", "harm", "empty", "namesake", "specific"}
     assert carries["empty.nodes"].draws[2:] and not carries["empty.nodes"].draws[3:]

@@ -3,7 +3,7 @@
 RUN/manifest.json            dense model (name, fingerprint), prefix, settings, data, versions
 RUN/sparse/                  config, safetensors, tokenizer, node_means.safetensors, model card
 RUN/bridges/                 state.json, bridges.safetensors
-RUN/heldout.safetensors      validation blocks that no training step saw
+RUN/heldout.safetensors      validation blocks that no training step saw, counts of training tokens
 RUN/circuits/<task>/         circuit.json, circuit.safetensors
 RUN/skipped.json             the tasks that got no circuit, and why
 RUN/log.jsonl, checkpoints/  what training wrote
@@ -34,7 +34,7 @@ from dense import DenseModel
 from sparse.circuits.circuit import Circuit
 from sparse.circuits.means import load_means, node_means, save_means
 from sparse.model.gpt import SparseGPT
-from sparse.ops.prefix import check_begin, prefix_ids
+from sparse.ops.prefix import check_begin, count_tokens, prefix_ids
 from sparse.storage.atomic import replace_files
 
 SCHEMA_VERSION = 1
@@ -112,6 +112,13 @@ class Run:
         except (OSError, KeyError, SafetensorError) as error:
             raise ValueError(f"{path} cannot be read ({error}); {RESTORE}") from error
 
+    def token_counts(self) -> Int[Tensor, " vocab"] | None:
+        """Return how often every token occurs in the training text; None in a run without counts.
+
+        They are the control of a model's cross entropy: a model that knows only these.
+        """
+        return load((self.folder / "heldout.safetensors").read_bytes()).get("token_counts")
+
     def log(self) -> list[dict[str, Any]]:
         """Return the lines of the training log, one dict each.
 
@@ -143,7 +150,9 @@ class Run:
         self.bridges.save(folder / "bridges")
         for name, circuit in self.circuits().items():
             replace(circuit, source=copy).save(folder / "circuits" / name.replace(":", "-"))
-        files = {"heldout.safetensors": save({"blocks": self.heldout()})}
+        counts = self.token_counts()
+        texts = {"blocks": self.heldout()} | ({} if counts is None else {"token_counts": counts})
+        files = {"heldout.safetensors": save(texts)}
         if skipped := self.skipped():
             files[SKIPPED] = json.dumps(skipped, indent=1).encode()
         replace_files(folder, files | {"manifest.json": json.dumps(self.manifest, indent=1)})
@@ -158,15 +167,18 @@ def save_run(
     heldout: Int[Tensor, "block pos"],
     means_from: Int[Tensor, "block pos"],
     facts: dict[str, Any],
+    token_counts: Int[Tensor, " vocab"] | None = None,
 ) -> Run:
     """Write a run folder and return it opened.
 
     `means_from` is the text over which the node means are taken; give training text, because
-    ablations hold a node at its mean there. `heldout` are the blocks that later evaluations use.
-    `facts` are entries added to the manifest (settings, data, command). The dense model's tokenizer
-    is saved beside the sparse model, and what it puts before a text (`prefix_ids`) is written into
-    the manifest. Raises ValueError where the dense model has no tokenizer, and for blocks that do
-    not begin with that prefix.
+    ablations hold a node at its mean there; tokens that are outlying in the dense model
+    (`BridgeSet`) are left out. `heldout` are the blocks that later evaluations use. `token_counts`
+    says how often every token occurs in the training text; by default those of `means_from` are
+    counted. `facts` are entries added to the manifest (settings, data, command). The dense model's
+    tokenizer is saved beside the sparse model, and what it puts before a text (`prefix_ids`) is
+    written into the manifest. Raises ValueError where the dense model has no tokenizer, and for
+    blocks that do not begin with that prefix.
 
     >>> import tempfile
     >>> from bridges import load_run, save_run
@@ -188,12 +200,16 @@ def save_run(
     check_begin(means_from, prefix, "save_run: means_from")
     sparse.save_pretrained(folder / "sparse")
     dense.tokenizer.save_pretrained(folder / "sparse")
-    means = node_means(sparse, means_from)
+    ordinary = bridges.ordinary_tokens(dense, means_from)
+    means = node_means(sparse, means_from, where=ordinary)
     save_means(folder / "sparse", means, sparse.fingerprint())
     bridges.dense_fingerprint = dense.fingerprint
     bridges.sparse_fingerprint = sparse.fingerprint()
     bridges.save(folder / "bridges")
-    replace_files(folder, {"heldout.safetensors": save({"blocks": heldout.contiguous()})})
+    if token_counts is None:
+        token_counts = count_tokens(means_from, dense.vocab_size, prefix)
+    texts = {"blocks": heldout.contiguous(), "token_counts": token_counts}
+    replace_files(folder, {"heldout.safetensors": save(texts)})
     manifest = {
         "schema_version": SCHEMA_VERSION,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),

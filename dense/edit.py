@@ -43,6 +43,9 @@ class Edit:
     prompt_only: bool = False
     """Whether generated positions are left alone. An edit at named positions, or with a direction
     or an amount of its own for each position, leaves them alone in any case."""
+    limit: float = math.inf
+    """Tokens whose residual is longer than this keep it: attention sinks, whose residual is a
+    hundred times as long as the others' and means something else."""
 
     def __post_init__(self) -> None:
         check_site(self.site)
@@ -62,6 +65,9 @@ class Edit:
         position (with a cache) or the prompt and `step` positions more (without). Raises ValueError
         for a direction, an amount or a position that does not fit `h`.
         """
+        return _within(self.limit, h, self._delta(h, attention_mask, step))
+
+    def _delta(self, h: Tensor, attention_mask: Tensor | None, step: int) -> Tensor:
         if self._everywhere():
             return self._product(h)
         n_prompt = 0 if step and h.shape[1] == 1 else h.shape[1] - step
@@ -139,6 +145,8 @@ class LiveEdit:
     generation with a cache does not visit a position again."""
     amount: float | Tensor = 1.0
     """Factor on what is computed."""
+    limit: float = math.inf
+    """Tokens whose residual is longer than this keep it, as in `Edit`."""
 
     def __post_init__(self) -> None:
         check_site(self.site)
@@ -167,7 +175,7 @@ class LiveEdit:
                 f"positions, where the residual is {tuple(h.shape)}"
             )
         amount = torch.as_tensor(self.amount, dtype=h.dtype, device=h.device)
-        return amount[..., None] * delta.to(h)
+        return _within(self.limit, h, amount[..., None] * delta.to(h))
 
 
 Edits = Sequence[Edit | LiveEdit]
@@ -198,6 +206,14 @@ def check_amount(amount: Any, what: str) -> None:
         fine = isinstance(amount, Real) and math.isfinite(amount)
     if not fine:
         raise ValueError(f"{what}={amount!r} must be a finite number, or a tensor of them")
+
+
+def _within(limit: float, h: Tensor, delta: Tensor) -> Tensor:
+    """Return `delta`, with 0 where the residual `h` is longer than `limit`."""
+    if math.isinf(limit):
+        return delta
+    long = h.norm(dim=-1, dtype=torch.promote_types(h.dtype, torch.float32)) > limit
+    return torch.where(long[..., None], 0.0, delta)
 
 
 def _broadcasts(shape: Sequence[int], onto: Sequence[int]) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch.distributed
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
@@ -66,6 +66,7 @@ def nmse(
     target: Float[Tensor, "*batch d"],
     moments: Moments | None = None,
     by: Normalised = "fvu",
+    where: Bool[Tensor, "*batch"] | None = None,
 ) -> Float[Tensor, ""]:
     """Return a normalised squared error, a fraction; 0 is perfect. t runs over batch and positions:
 
@@ -79,10 +80,12 @@ def nmse(
 
     Where `target` holds only some rows of a batch, `moments` are those of the whole batch; by
     default they are those of `target`. With them the errors of all parts of a batch add up to the
-    error of the whole.
+    error of the whole. With `where`, t runs over the tokens that it marks.
     """
     x, target = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (x, target))
-    n, mean, spread = moments or Moments.of(target)
+    n, mean, spread = moments or Moments.of(target, where)
+    if where is not None:
+        x = torch.where(where[..., None], x, target)  # no error and no gradient elsewhere
     if by == "per_token":
         away = (target.detach() - mean).square().sum(-1) + 1e-8
         return ((x - target).square().sum(-1) / away).sum() / n

@@ -9,10 +9,21 @@ are trained. mu_s, the mean of h, and sigma_s, its root mean square about the me
 site), are measured once at the start, because dense sites differ in scale tenfold (Gao et al. 2025,
 section 3.3; docs/method.md#bridge-maps; docs/bridge-study compares with raw residuals). AbsTopK_k
 keeps the k entries of largest size and sets the others to 0.
+
+    outlying    |h_s| > limit_s,   limit_s = m * median |h_s|        a token at site s (m = 4)
+
+A pretrained model has attention sinks: a few tokens, the first of a text above all, whose residual
+is a hundred times as long as the others' and carries nearly all the variance of a site. A map that
+knows only which tokens these are would look better than any bridge. So they are left out of mu and
+sigma, of the errors of the bridges and of node means, and they are passed through: where a stream
+crosses a bridge, and where a change is carried over, an outlying token keeps the residual that its
+own model has there (docs/method.md#outlying-tokens). limit_s is infinite at a site where
+calibration saw none.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from operator import index
@@ -20,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from bridges.losses.moments import Moments
@@ -67,6 +78,9 @@ class BridgeConfig:
     """The sparse site of each bridge, ascending too, so that no two bridges share one. By default
     the partners that `even_sites` gives: the same numbers where both models have equally many
     sites."""
+    outlying: float = 4.0
+    """m: how many times as long as the median of its site a residual must be for its token to be
+    outlying there. 0: no token is."""
 
     def __post_init__(self) -> None:
         for name in ("d_dense", "d_sparse", "n_dense_sites", "n_sparse_sites", "k"):
@@ -75,6 +89,10 @@ class BridgeConfig:
                 raise ValueError(f"BridgeConfig.{name}={getattr(self, name)} must be at least 1")
         if not 1 <= self.k <= self.d_sparse:
             raise ValueError(f"BridgeConfig.k={self.k} is outside 1..d_sparse={self.d_sparse}")
+        if not (self.outlying == 0 or 1 < self.outlying < math.inf):
+            raise ValueError(
+                f"BridgeConfig.outlying={self.outlying} must be above 1, or 0 for no outlying token"
+            )
         sites, sparse_sites = _ints("sites", self.sites), _ints("sparse_sites", self.sparse_sites)
         if not sparse_sites:
             even = even_sites(self.n_dense_sites, self.n_sparse_sites)
@@ -109,6 +127,7 @@ class BridgeConfig:
         k: int,
         sites: Mapping[int, int] | tuple[int, ...] = (),
         sparse_sites: tuple[int, ...] = (),
+        outlying: float = 4.0,
     ) -> BridgeConfig:
         """Return the config for bridges between two models, of whatever depths and widths.
 
@@ -132,6 +151,7 @@ class BridgeConfig:
             k=k,
             sites=sites,
             sparse_sites=sparse_sites,
+            outlying=outlying,
         )
 
     @classmethod
@@ -165,7 +185,10 @@ class BridgeSet(nn.Module):
     """An encoder and a decoder for every bridge; methods name a bridge by its dense site."""
 
     def __init__(self, config: BridgeConfig, seed: int = 0) -> None:
-        """Start with E ~ N(0, 0.09/d_dense), D ~ N(0, 1/d_sparse), biases 0, mu = 0, sigma = 1."""
+        """Start with E ~ N(0, 0.09/d_dense), D ~ N(0, 1/d_sparse), biases 0, mu = 0, sigma = 1.
+
+        No token is outlying before calibration.
+        """
         super().__init__()
         self.config = config
         self.dense_fingerprint: str | None = None
@@ -182,6 +205,9 @@ class BridgeSet(nn.Module):
         self.scale: Tensor
         self.register_buffer("mean", torch.zeros(n, d_dense))
         self.register_buffer("scale", torch.ones(n))
+        self.limit: Tensor
+        self.register_buffer("limit", torch.full((n,), math.inf))
+        self._limits: tuple[tuple[int, int], tuple[float, ...]] = ((0, -1), ())
 
     def index(self, site: int) -> int:
         """Return the place of dense `site` among the bridged ones."""
@@ -224,10 +250,67 @@ class BridgeSet(nn.Module):
         i = self.index(site)
         return self.scale[i] * nn.functional.linear(delta, self.decoders[i].weight)  # pyright: ignore
 
+    def limits(self) -> dict[int, float]:
+        """Return, by dense site, the length of a residual above which its token is outlying there.
+
+        It is infinite where no token is. The numbers are read from the device once, and again
+        after they were changed.
+        """
+        known = (id(self.limit), self.limit._version)
+        if self._limits[0] != known:
+            self._limits = known, tuple(self.limit.tolist())
+        return dict(zip(self.config.sites, self._limits[1], strict=True))
+
+    def ordinary(
+        self, site: int, h: Float[Tensor, "*batch d_dense"]
+    ) -> Bool[Tensor, "*batch"] | None:
+        """Return which tokens are not outlying at dense `site`; None where no limit is known."""
+        i = self.index(site)
+        if math.isinf(self.limits()[site]):
+            return None
+        return lengths(h) <= self.limit[i]
+
+    @torch.no_grad()
+    def ordinary_tokens(
+        self, dense: ResidualModel, blocks: Int[Tensor, "block pos"], batch_size: int = 16
+    ) -> Bool[Tensor, "block pos"] | None:
+        """Return which tokens of a text are outlying at no bridged site; None: no limit is known.
+
+        The dense model is run on them, `batch_size` blocks at a time.
+        """
+        limited = [site for site, limit in self.limits().items() if math.isfinite(limit)]
+        if not limited:
+            return None
+        found = []
+        for ids in blocks.split(batch_size):
+            h = dense.residuals(ids.to(self.limit.device))
+            masks = [lengths(h[s]) <= self.limits()[s] for s in limited]
+            found.append(torch.stack(masks).all(0).to(blocks.device))
+        return torch.cat(found)
+
     @torch.no_grad()
     def calibrate(self, residuals: Sequence[Float[Tensor, "batch pos d_dense"]]) -> None:
-        """Set mu_s and sigma_s from the dense residuals at every dense site, bridged or not."""
-        self.centre([Moments.of(h) for h in residuals])
+        """Set limits, mu and sigma from the dense residuals at every dense site, bridged or not."""
+        self.set_limits(residuals)
+        self.centre(self.moments(residuals))
+
+    @torch.no_grad()
+    def set_limits(self, residuals: Sequence[Float[Tensor, "batch pos d_dense"]]) -> None:
+        """Set limit_s = m * median |h_s|, or infinity where no token of these is longer."""
+        for i, site in enumerate(self.config.sites):
+            long = lengths(residuals[site]).flatten()
+            limit = self.config.outlying * long.median()
+            seen = self.config.outlying > 0 and bool((long > limit).any())
+            self.limit[i] = limit if seen else math.inf
+
+    @torch.no_grad()
+    def moments(self, residuals: Sequence[Float[Tensor, "batch pos d_dense"]]) -> list[Moments]:
+        """Return the moments of the dense residuals at every dense site, over ordinary tokens."""
+        bridged = self.config.sites
+        return [
+            Moments.of(h, self.ordinary(site, h) if site in bridged else None)
+            for site, h in enumerate(residuals)
+        ]
 
     @torch.no_grad()
     def centre(self, moments: Sequence[Moments]) -> None:
@@ -280,7 +363,8 @@ class BridgeSet(nn.Module):
         tensors, state = read_folder(Path(folder), "bridges")
         try:
             bridges = cls(BridgeConfig.from_dict(state["config"]))
-            bridges.load_state_dict(tensors["bridges"])
+            # bridges from before outlying tokens were told apart were trained on all tokens
+            bridges.load_state_dict({"limit": bridges.limit} | tensors["bridges"])
             bridges.dense_fingerprint = state["dense_fingerprint"]
             bridges.sparse_fingerprint = state["sparse_fingerprint"]
         except (KeyError, TypeError, RuntimeError) as error:
@@ -289,3 +373,17 @@ class BridgeSet(nn.Module):
                 "restore the folder, or train again"
             ) from error
         return bridges
+
+
+def lengths(h: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
+    """Return |h| of every token, in float32 or better."""
+    return h.norm(dim=-1, dtype=torch.promote_types(h.dtype, torch.float32))
+
+
+def through(
+    crossing: Float[Tensor, "*batch d"],
+    ordinary: Bool[Tensor, "*batch"] | None,
+    own: Float[Tensor, "*batch d"],
+) -> Float[Tensor, "*batch d"]:
+    """Return the residuals that cross a bridge, with a model's `own` ones at outlying tokens."""
+    return crossing if ordinary is None else torch.where(ordinary[..., None], crossing, own)

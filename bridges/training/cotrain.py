@@ -108,7 +108,8 @@ class Cotraining(nn.Module):
             with csr_products(self.sparse, WORTH_REBUILDING):
                 z, h = self.sparse.residuals(ids), self.dense.residuals(ids)
             bridged = [z[t] for t in config.sparse_sites] + [h[s] for s in config.sites]
-            seen.append(list(map(Moments.of, bridged)))
+            ordinary = [self.bridges.ordinary(s, h[s]) for s in config.sites]
+            seen.append(list(map(Moments.of, bridged, ordinary * 2)))
         mine = [reduce(Moments.join, of_parts) for of_parts in zip(*seen, strict=True)]
         whole = of_all_processes(mine, world)
         return [Part(i, n, whole) for i in range(n)]
@@ -160,9 +161,9 @@ def cotrain(
 ) -> None:
     """Train `sparse` and `bridges` in place against the frozen `dense`.
 
-    The bridges' centring and scale are measured on the first batches, unless training resumes from
-    a checkpoint in `config.train.folder`, which holds them. Every evaluation scores the
-    `validation` batches, with hybrid passes at all bridged sites. Raises ValueError where the
+    The bridges' centring, scale and limits are measured on the first batches, unless training
+    resumes from a checkpoint in `config.train.folder`, which holds them. Every evaluation scores
+    the `validation` batches, with hybrid passes at all bridged sites. Raises ValueError where the
     models and the bridges do not fit each other, or the models have different vocabularies.
 
     >>> import tempfile

@@ -6,6 +6,9 @@
 Bridge s joins dense site s and sparse site t = pairs[s] (`BridgeConfig`), which is s where the
 models are equally deep. Both KLs are in nats per token (Gao et al. 2025, section 3.3, L_KL).
 
+A token that is outlying at s (`BridgeSet`) does not cross: in the first direction it enters with
+its own z_t, in the second with its own h_s.
+
 The passes of all sites run as one pass, whose batch grows on the way: the rows that cross at site s
 are appended to it there and stay to the end (docs/method.md#hybrid-passes). To save time, a
 training step may draw at random at which sites each sequence crosses and at which positions the KLs
@@ -18,11 +21,11 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from bridges.losses.chunked import Stream, StreamLoss, score_streams
-from bridges.maps.bridge import BridgeSet
+from bridges.maps.bridge import BridgeSet, through
 from bridges.protocol import ResidualModel
 from sparse.model.gpt import SparseGPT
 from sparse.ops.seeds import seed_of
@@ -79,6 +82,8 @@ class Crossing(NamedTuple):
     """Encoded h, by the dense site of the bridge: up[s] is the encoder's guess at z[pairs[s]]."""
     down: dict[int, Float[Tensor, "batch pos d_dense"]]
     """Decoded z, by the dense site of the bridge: down[s] is the decoder's guess at h[s]."""
+    ordinary: dict[int, Bool[Tensor, "batch pos"] | None]
+    """Which tokens are not outlying, by the dense site of the bridge; None: all."""
     ends: (
         tuple[Float[Tensor, "stream token d_sparse"], Float[Tensor, "stream token d_dense"]] | None
     )
@@ -109,25 +114,42 @@ def run_passes(
     with torch.no_grad():
         h = dense.residuals(ids)
     up = {s: bridges.encode(s, h[s]) for s in pairs}
+    ordinary = {s: bridges.ordinary(s, h[s]) for s in pairs}
     if not hybrid:
         z = sparse.residuals(ids)
-        return Crossing(h, z, up, {s: bridges.decode(s, z[t]) for s, t in pairs.items()}, None)
+        down = {s: bridges.decode(s, z[t]) for s, t in pairs.items()}
+        return Crossing(h, z, up, down, ordinary, None)
     rows: dict[int, Any] = dict.fromkeys(pairs, slice(None))
     if drawn is not None:
         rows = {s: (drawn == s).nonzero()[:, 0].to(ids.device) for s in pairs}
     entered = {s: ids[rows[s]] for s in pairs if drawn is None or len(rows[s])}
+    crossed = {s: None if mask is None else mask[rows[s]] for s, mask in ordinary.items()}
     entries = {s: up[s][rows[s]] for s in pairs}
+    entering = {pairs[s]: passing(entries[s], crossed[s], rows[s]) for s in entered}
     z, ended = sparse.residuals_and_joined(
         ids,
-        {pairs[s]: entries[s] for s in entered},
+        entering,
         {pairs[s]: own for s, own in entered.items()},
     )
     # sites that nobody entered stay, without rows: their bridge's gradient is 0 and not missing
     to_sparse = entries | {s: ended[pairs[s]] for s in entered}
     down = {s: bridges.decode(s, z[t]) for s, t in pairs.items()}
-    entries = {s: down[s][rows[s]] for s in pairs}
+    entries = {s: through(down[s][rows[s]], crossed[s], h[s][rows[s]]) for s in pairs}
     to_dense = entries | dense.joined({s: entries[s] for s in entered}, entered)
-    return Crossing(h, z, up, down, (as_streams(to_sparse, drawn), as_streams(to_dense, drawn)))
+    return Crossing(
+        h, z, up, down, ordinary, (as_streams(to_sparse, drawn), as_streams(to_dense, drawn))
+    )
+
+
+def passing(crossing: Tensor, ordinary: Tensor | None, rows: Any) -> Any:
+    """Return what enters the sparse model, as `SparseGPT.residuals_and_joined` takes it.
+
+    Where a token is outlying this is a function of z_t, which is known when the pass comes to the
+    site: the rows of z_t, as a constant, at those tokens.
+    """
+    if ordinary is None:
+        return crossing
+    return lambda z: through(crossing, ordinary, z[rows].detach())
 
 
 def as_streams(

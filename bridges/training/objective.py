@@ -9,7 +9,8 @@
 
 h is the dense residual at a bridge's dense site, z the sparse residual at its sparse site. The
 hybrid passes resume at these sites: the sparse model at the sparse one, the dense model at the
-dense one. NMSE is `bridges.losses.quantities.nmse`.
+dense one. NMSE is `bridges.losses.quantities.nmse`, over the tokens that are not outlying at the
+site (`BridgeSet`).
 """
 
 from __future__ import annotations
@@ -142,12 +143,16 @@ def bridge_errors(
     fixed = [x.detach() for x in z]  # or the trunk would learn to be easy to predict
     if not decoder_trains_trunk:
         down = [bridges.decode(s, x) for s, x in zip(pairs, fixed, strict=True)]
-    moments = share.part.whole or moments_of([*z, *h], share.processes)
+    masks = [run.ordinary[s] for s in pairs]
+    moments = share.part.whole or moments_of([*z, *h], share.processes, [*masks, *masks])
     of_z, of_h = moments[: len(pairs)], moments[len(pairs) :]
-    rows_ratio = moments[0].n / h[0][..., 0].numel()
+    rows_ratio = share.processes * share.part.of
 
     def error(x: list[Tensor], target: list[Tensor], of: Sequence[Moments]) -> Tensor:
-        each = [nmse(*one, normalised) for one in zip(x, target, of, strict=True)]
+        each = [
+            nmse(*one, normalised, mask)
+            for one, mask in zip(zip(x, target, of, strict=True), masks, strict=True)
+        ]
         return weight * rows_ratio * torch.stack(each).mean()
 
     return error(up, fixed, of_z), error(down, h, of_h)

@@ -25,16 +25,23 @@ from .hybrid import run_passes, score_passes
 def calibrate(
     dense: ResidualModel, bridges: BridgeSet, batches: BatchSource, n_tokens: int, device
 ) -> None:
-    """Set the bridges' centring and scale from the first batches of the run.
+    """Set the bridges' limits, centring and scale from the first batches of the run.
 
-    Whole batches are taken until they hold at least `n_tokens` tokens. Afterwards `batches` is set
-    back, so that training sees the same text again.
+    Whole batches are taken until they hold at least `n_tokens` tokens; the first of them gives the
+    limits of outlying tokens. Afterwards `batches` is set back, so that training sees the same text
+    again.
     """
     state, stream = batches.state_dict(), iter(batches)
     moments: list[Moments] = []
-    while not moments or moments[0].n < n_tokens:
-        of_batch = [Moments.of(h) for h in dense.residuals(next(stream).to(device))]
+    seen = 0
+    while seen < n_tokens or not moments:
+        ids = next(stream).to(device)
+        residuals = dense.residuals(ids)
+        if not moments:
+            bridges.set_limits(residuals)
+        of_batch = bridges.moments(residuals)
         moments = list(map(Moments.join, moments, of_batch)) if moments else of_batch
+        seen += ids.numel()
     batches.load_state_dict(state)
     bridges.centre(moments)
 
@@ -51,10 +58,11 @@ def validate(
     """Return the unweighted terms of the co-training loss, as means over the batches `validation`.
 
     Keys: ce, ce_dense, kl (nats per token) of the two models themselves; for every bridge, with s
-    its dense site, encode.s and decode.s (NMSE, fractions of variance) and up.s and down.s (nats
-    per token); and encode, decode, up, down, the means of these over the bridges. Hybrid passes
-    cross at every bridge and are scored at every position. With an accelerator its processes share
-    the batches, and all of them return the same numbers. Without batches the dict is empty.
+    its dense site, encode.s and decode.s (NMSE over tokens that are not outlying, fractions of
+    variance) and up.s and down.s (nats per token); and encode, decode, up, down, the means of these
+    over the bridges. Hybrid passes cross at every bridge and are scored at every position. With an
+    accelerator its processes share the batches, and all of them return the same numbers. Without
+    batches the dict is empty.
 
     >>> from bridges import load_run, validate
     >>> run = load_run("tiny")
@@ -89,8 +97,8 @@ def _measure(
     scored = score_passes(dense, sparse, run, ids, (1.0, 1.0, 1.0), with_dense=True)
     out = {"ce": scored.main.ce, "ce_dense": scored.dense.ce, "kl": scored.main.kl}
     per_site = {
-        "encode": [nmse(run.up[s], run.z[t]) for s, t in pairs.items()],
-        "decode": [nmse(run.down[s], run.h[s]) for s in pairs],
+        "encode": [nmse(run.up[s], run.z[t], where=run.ordinary[s]) for s, t in pairs.items()],
+        "decode": [nmse(run.down[s], run.h[s], where=run.ordinary[s]) for s in pairs],
         "up": list(scored.up.per_stream),
         "down": list(scored.down.per_stream),
     }

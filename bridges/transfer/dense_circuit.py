@@ -214,7 +214,8 @@ class DenseCircuit:
         check_amount(strength, "strength")
         at = bridged(self.bridges, self._site(site))
         direction = self.bridges.transport(at, delta)
-        return [Edit(site=at, direction=direction, amount=strength, prompt_only=True)]
+        limit = self.bridges.limits()[at]
+        return [Edit(site=at, direction=direction, amount=strength, prompt_only=True, limit=limit)]
 
     @torch.no_grad()
     def edits(self, node: Node) -> list[Edit]:

@@ -38,7 +38,7 @@ def node_edits(sparse: SparseGPT, bridges: BridgeSet, node: Node) -> list[Edit]:
         return read_edits(bridges, site, unit, 1.0, prompt_only=False)
     unit = writes(sparse, location, i)
     at = written_at(bridges.config, site + 1)
-    return [Edit(site=at, direction=bridges.transport(at, unit))]
+    return [Edit(site=at, direction=bridges.transport(at, unit), limit=bridges.limits()[at])]
 
 
 def read_edits(
@@ -50,7 +50,8 @@ def read_edits(
         h <- h - strength * sigma D dz     at the dense site where that stretch ends
 
     The stretch is the dense sublayers that correspond to the sparse sublayer after `site`
-    (`read_at`). They see the change; what comes later sees only what they made of it.
+    (`read_at`). They see the change; what comes later sees only what they made of it. It is shown
+    at outlying tokens too: what is added there is taken out again.
     """
     check_amount(strength, "strength")
     into, out = read_at(bridges.config, site)

@@ -8,11 +8,13 @@ This is delta transport, which works for every node and for whole circuits
 with the intervention, which gives z'. The difference of the two residual streams is decoded and
 added to the dense stream. An intervention is a value that says how z' comes about: an `Ablation` or
 a `Steering`. Only differences are decoded, so the decoder's bias and what it fails to reconstruct
-cancel, and strength 0 is the untouched dense model.
+cancel, and strength 0 is the untouched dense model. A token that is outlying at s (`BridgeSet`)
+keeps its dense residual.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -22,7 +24,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from bridges.maps.bridge import BridgeSet
+from bridges.maps.bridge import BridgeSet, through
 from bridges.run_folder import run_folder
 from dense import DenseModel, Edit, LiveEdit
 from dense.edit import check_amount, check_site
@@ -90,11 +92,15 @@ class Intervention(ABC):
     def delta(
         self, mapped: Mapped, ids: Ids, site: int | None, attention_mask: Mask = None
     ) -> Delta:
-        """Return sigma_s D_s dz_t, what is added to the dense residual at `site` at strength 1."""
-        self.check(mapped, ids, attention_mask)
-        site = bridged(mapped.bridges, site)
-        changes = self.changes(mapped, ids, attention_mask)
-        return mapped.bridges.transport(site, changes[mapped.bridges.config.pairs[site]])
+        """Return sigma_s D_s dz_t, what is added to the dense residual at `site` at strength 1.
+
+        It is 0 at outlying tokens; to find them the dense model is run once, where it has any.
+        """
+        delta, at = self._carried(mapped, ids, site, attention_mask)
+        if math.isinf(mapped.bridges.limits()[at]):
+            return delta
+        ordinary = mapped.bridges.ordinary(at, mapped.dense.residuals(ids, attention_mask)[at])
+        return through(delta, ordinary, torch.zeros_like(delta))
 
     def edits(
         self,
@@ -105,9 +111,19 @@ class Intervention(ABC):
         attention_mask: Mask = None,
     ) -> list[Edit]:
         """Return the intervention as edits of the dense residual at the positions of `ids`."""
-        delta, at = self.delta(mapped, ids, site, attention_mask), bridged(mapped.bridges, site)
+        delta, at = self._carried(mapped, ids, site, attention_mask)
         check_amount(strength, "strength")
-        return [Edit(site=at, direction=delta, amount=strength, prompt_only=True)]
+        limit = mapped.bridges.limits()[at]
+        return [Edit(site=at, direction=delta, amount=strength, prompt_only=True, limit=limit)]
+
+    def _carried(
+        self, mapped: Mapped, ids: Ids, site: int | None, attention_mask: Mask
+    ) -> tuple[Delta, int]:
+        """Return the delta at all tokens, outlying ones too, and its dense site."""
+        self.check(mapped, ids, attention_mask)
+        at = bridged(mapped.bridges, site)
+        changes = self.changes(mapped, ids, attention_mask)
+        return mapped.bridges.transport(at, changes[mapped.bridges.config.pairs[at]]), at
 
     def _keep_nodes(self) -> None:
         """Keep the nodes as a tuple: a generator would be used up by the first call."""
@@ -186,7 +202,8 @@ class Ablation(Intervention):
             changes = stream_change.ablated(mapped.sparse, ids, chosen, values, attention_mask)
             return mapped.bridges.transport(at, changes[source])
 
-        return [LiveEdit(site=at, compute=delta, amount=strength)]
+        limit = mapped.bridges.limits()[at]
+        return [LiveEdit(site=at, compute=delta, amount=strength, limit=limit)]
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,6 +5,10 @@
     up           KL(dense || sparse resumed from encode(h))     nats per token
     down         KL(dense || dense resumed from decode(z))
 
+FVUs are over the tokens that are not outlying at the site (`BridgeSet`); an outlying token passes
+through the hybrids. Where a site has such tokens, both FVUs are given over all tokens too, beside
+those of a predictor that knows one bit, which tokens are outlying, and the two means.
+
 A report's "site s" is the dense site of a bridge. h is the dense residual there and z the sparse
 residual at the sparse site that s is bridged to (`BridgeConfig`); a hybrid resumes the other model
 at its site of the bridge. A block is a stretch of held-out text. Sums run over all positions of a
@@ -13,41 +17,73 @@ block; blocks are the independent unit of means and errors.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
 from bridges.losses.quantities import ce_nats, kl_nats
-from bridges.maps.bridge import BridgeSet
+from bridges.maps.bridge import BridgeSet, through
 from evals.scores.paired import paired
 from evals.scores.score import Score, Unit
-from sparse.ops.prefix import counted
+from sparse.ops.prefix import count_tokens
 
 UNTRAINED = "untrained bridges"
-UNIGRAM = "unigram frequencies of the same text"
+UNIGRAM = "unigram frequencies of the training text"
+UNIGRAM_SAME = "unigram frequencies of the same text"
+"""The control in runs that did not keep the counts of their training text."""
+ONE_BIT = "a predictor that knows only which tokens are outlying"
 
 
 class Moments(NamedTuple):
     """Sums of the residuals of every block, from which their spread about any mean follows."""
 
+    n: Float[Tensor, " batch"]
+    """Number of tokens."""
     square: Float[Tensor, " batch"]
-    """sum over positions of |x|^2"""
+    """sum over tokens of |x|^2"""
     total: Float[Tensor, "batch d"]
-    """sum over positions of x"""
+    """sum over tokens of x"""
 
     @classmethod
-    def of(cls, x: Float[Tensor, "batch pos d"]) -> Moments:
-        x = x.double()
-        return cls(x.square().sum((1, 2)).cpu(), x.sum(1).cpu())
+    def of(cls, x: Float[Tensor, "batch pos d"], where: Bool[Tensor, "batch pos"]) -> Moments:
+        """Return the sums over the tokens that `where` marks."""
+        x = x.double() * where[..., None]
+        return cls(where.sum(1).double().cpu(), x.square().sum((1, 2)).cpu(), x.sum(1).cpu())
 
-    def about_the_mean(self, n_pos: int) -> Float[Tensor, " batch"]:
+    def join(self, other: Moments) -> Moments:
+        """Return the sums over the tokens of both, of the same blocks."""
+        return Moments(*(a + b for a, b in zip(self, other, strict=True)))
+
+    def about_the_mean(self) -> Float[Tensor, " batch"]:
         """Return, for every block, sum |x - mean|^2, where the mean is that of all blocks."""
-        mean = self.total.sum(0) / (n_pos * len(self.total))
-        return self.square - 2 * self.total @ mean + n_pos * mean.square().sum()
+        mean = self.total.sum(0) / self.n.sum().clamp(min=1)
+        return self.square - 2 * self.total @ mean + self.n * mean.square().sum()
+
+
+class Parted(NamedTuple):
+    """Sums of the residuals of ordinary and of outlying tokens."""
+
+    ordinary: Moments
+    outlying: Moments
+
+    def all(self) -> Moments:
+        """Return the sums over all tokens."""
+        return self.ordinary.join(self.outlying)
+
+    def one_bit(self) -> Float[Tensor, " batch"]:
+        """Return the squared error of the two means, for one who knows which token is which."""
+        return self.ordinary.about_the_mean() + self.outlying.about_the_mean()
+
+    def facts(self) -> dict[str, float]:
+        """Return how many tokens are outlying, and how much of the variance they carry."""
+        about = float(self.all().about_the_mean().sum())
+        return {
+            "outlying tokens": float(self.outlying.n.sum() / self.all().n.sum()),
+            "variance that they carry": 1 - float(self.ordinary.about_the_mean().sum()) / about,
+        }
 
 
 class SiteSums(NamedTuple):
@@ -57,9 +93,13 @@ class SiteSums(NamedTuple):
     """
 
     encoder_error: Float[Tensor, "set batch"]
-    """sum over positions of |encode(h) - z|^2"""
+    """sum over ordinary tokens of |encode(h) - z|^2"""
     decoder_error: Float[Tensor, "set batch"]
-    """sum over positions of |decode(z) - h|^2"""
+    """sum over ordinary tokens of |decode(z) - h|^2"""
+    encoder_error_all: Float[Tensor, "set batch"]
+    """The same over all tokens."""
+    decoder_error_all: Float[Tensor, "set batch"]
+    """The same over all tokens."""
     up: Float[Tensor, "set batch"]
     """Mean KL of the hybrids dense to sparse, nats per token."""
     down: Float[Tensor, "set batch"]
@@ -73,7 +113,7 @@ class SiteSums(NamedTuple):
 class ModelMeans(NamedTuple):
     """Cross entropies and KLs of both models and of unigram frequencies, per block, nats per token.
 
-    The unigram frequencies predict every token by how often it occurs in all blocks.
+    The unigram frequencies predict every token by how often it occurs in the training text.
     """
 
     dense: Float[Tensor, " batch"]
@@ -96,9 +136,9 @@ class Measured(NamedTuple):
 
     models: ModelMeans
     sites: dict[int, SiteSums]
-    h: dict[int, Moments]
+    h: dict[int, Parted]
     """Sums of the dense residual at that site."""
-    z: dict[int, Moments]
+    z: dict[int, Parted]
     """Sums of the sparse residual at the sparse site that it is bridged to."""
 
 
@@ -117,10 +157,10 @@ def evaluate_bridge(
     For every bridged site there are the four measures at the top of this file. Their control is
     `draws` sets of untrained bridges of the same config, centring and scale. Then come both models'
     cross entropy, KL(dense || sparse) and the share of the loss that the hybrids recover. Their
-    control is the unigram frequencies of the same text, in which the first token of `run.prefix` is
-    not counted (where `run` has a prefix). Where the dense model is no better than these there is
-    no loss to recover, and those rows are left out. Raises ValueError for fewer than two blocks,
-    and for blocks that do not begin with the prefix.
+    control is the unigram frequencies of the training text (`run.token_counts`), or of the blocks
+    themselves where the run kept none; the first token of `run.prefix` is not counted. Where the
+    dense model is no better than these there is no loss to recover, and those rows are left out.
+    Raises ValueError for fewer than two blocks, and for blocks that do not begin with the prefix.
 
     >>> from bridges import load_run
     >>> from evals import evaluate_bridge
@@ -133,15 +173,19 @@ def evaluate_bridge(
         raise ValueError(f"evaluate_bridge: {len(blocks)} block; an error needs at least 2")
     run.bridges.check(run.dense, run.sparse)
     sets: list[BridgeSet] = [run.bridges, *(untrained(run.bridges, seed + i) for i in range(draws))]
-    unigram = _unigram(blocks, run.dense.vocab_size, getattr(run, "prefix", ()))
+    counts = run.token_counts() if hasattr(run, "token_counts") else None
+    control = UNIGRAM_SAME if counts is None else UNIGRAM
+    if counts is None:
+        counts = count_tokens(blocks, run.dense.vocab_size, getattr(run, "prefix", ()))
+    unigram = (counts + 1).double().log().float()  # logits; each counts once more than it occurs
     parts: list[Measured] = []
     starts = range(0, len(blocks), batch_size)
     for start in tqdm(starts, desc="bridges", disable=not progress, leave=False):
         ids = blocks[start : start + batch_size].to(run.dense.device)
         parts.append(_measure(run, sets, ids, unigram))
     data = _joined(parts)
-    rows = [row for s in data.sites for row in _site_rows(data, s, blocks.shape[1], seed)]
-    return rows + _model_rows(data, seed)
+    rows = [row for s in data.sites for row in _site_rows(data, s, seed)]
+    return rows + _model_rows(data, control, seed)
 
 
 def untrained(bridges: BridgeSet, seed: int) -> BridgeSet:
@@ -167,9 +211,15 @@ def _measure(run: Any, sets: list[BridgeSet], ids: Tensor, unigram: Tensor) -> M
             kl_unigram=_kept(kl_nats(y, flat).mean(-1)),
         ),
         sites={s: _of_all_sets([of_set[s] for of_set in crossed]) for s in pairs},
-        h={s: Moments.of(h[s]) for s in pairs},
-        z={s: Moments.of(z[t]) for s, t in pairs.items()},
+        h={s: _parted(h[s], run.bridges.ordinary(s, h[s])) for s in pairs},
+        z={s: _parted(z[t], run.bridges.ordinary(s, h[s])) for s, t in pairs.items()},
     )
+
+
+def _parted(x: Tensor, ordinary: Tensor | None) -> Parted:
+    if ordinary is None:
+        ordinary = torch.ones_like(x[..., 0], dtype=torch.bool)
+    return Parted(Moments.of(x, ordinary), Moments.of(x, ~ordinary))
 
 
 def _of_all_sets(each: list[tuple[Tensor, ...]]) -> SiteSums:
@@ -191,16 +241,22 @@ def _crossed(
     pairs, out = bridges.config.pairs, {}
     up = {s: bridges.encode(s, h[s]) for s in pairs}
     down = {s: bridges.decode(s, z[t]) for s, t in pairs.items()}
+    masks = {s: bridges.ordinary(s, h[s]) for s in pairs}
     to_sparse = run.sparse.joined(
-        {pairs[s]: x for s, x in up.items()}, dict.fromkeys(pairs.values(), ids)
+        {t: through(up[s], masks[s], z[t]) for s, t in pairs.items()},
+        dict.fromkeys(pairs.values(), ids),
     )
-    to_dense = run.dense.joined(down, dict.fromkeys(pairs, ids))
+    to_dense = run.dense.joined(
+        {s: through(down[s], masks[s], h[s]) for s in pairs}, dict.fromkeys(pairs, ids)
+    )
     for s, t in pairs.items():
+        errors = [(up[s] - z[t]).square().sum(2), (down[s] - h[s]).square().sum(2)]
+        ordinary = masks[s]
+        counted = errors if ordinary is None else [x * ordinary for x in errors]
         ended_up = run.sparse.unembed(to_sparse[t], ids)
         ended_down = run.dense.unembed(to_dense[s], ids)
         out[s] = (
-            (up[s] - z[t]).square().sum((1, 2)),
-            (down[s] - h[s]).square().sum((1, 2)),
+            *(x.sum(1) for x in (*counted, *errors)),
             kl_nats(y, ended_up).mean(-1),
             kl_nats(y, ended_down).mean(-1),
             ce_nats(ended_up, ids).mean(-1),
@@ -216,9 +272,12 @@ def _joined(parts: list[Measured]) -> Measured:
     """
     sites = list(parts[0].sites)
 
-    def moments(of: list[dict[int, Moments]]) -> dict[int, Moments]:
+    def joined(of: list[Moments]) -> Moments:
+        return Moments(*(torch.cat(x) for x in zip(*of, strict=True)))
+
+    def parted(of: list[dict[int, Parted]]) -> dict[int, Parted]:
         return {
-            s: Moments(*(torch.cat(x) for x in zip(*(p[s] for p in of), strict=True)))
+            s: Parted(joined([p[s].ordinary for p in of]), joined([p[s].outlying for p in of]))
             for s in sites
         }
 
@@ -228,18 +287,19 @@ def _joined(parts: list[Measured]) -> Measured:
             s: SiteSums(*(torch.cat(x, -1) for x in zip(*(p.sites[s] for p in parts), strict=True)))
             for s in sites
         },
-        h=moments([p.h for p in parts]),
-        z=moments([p.z for p in parts]),
+        h=parted([p.h for p in parts]),
+        z=parted([p.z for p in parts]),
     )
 
 
-def _site_rows(data: Measured, s: int, n_pos: int, seed: int) -> list[Score]:
-    """Return the four scores of one bridge: two FVUs and two KLs.
+def _site_rows(data: Measured, s: int, seed: int) -> list[Score]:
+    """Return the four scores of one bridge, two FVUs and two KLs, and the FVUs over all tokens.
 
-    The FVU of all blocks is the mean of the blocks' own FVUs, weighted by their variance.
+    The FVU of all blocks is the mean of the blocks' own FVUs, weighted by their variance. Those
+    over all tokens are given where some are outlying.
     """
     site = data.sites[s]
-    of_z, of_h = data.z[s].about_the_mean(n_pos), data.h[s].about_the_mean(n_pos)
+    of_z, of_h = (x[s].ordinary.about_the_mean() for x in (data.z, data.h))
 
     def row(key: str, name: str, unit: Unit, x: Tensor, weights: Tensor | None = None) -> Score:
         return paired(
@@ -254,16 +314,37 @@ def _site_rows(data: Measured, s: int, n_pos: int, seed: int) -> list[Score]:
             seed=seed,
         )
 
+    def over_all(key: str, name: str, error: Tensor, of: Parted) -> Score:
+        about = of.all().about_the_mean()
+        return paired(
+            f"site {s}: {name} over all tokens",
+            error[0] / about,
+            (of.one_bit() / about)[None],
+            key=f"bridge.site.{s}.{key}.all",
+            weights=about,
+            unit="fraction",
+            control_name=ONE_BIT,
+            better="lower",
+            detail=of.facts(),
+            seed=seed,
+        )
+
     nats: Unit = "nats per token"
-    return [
+    rows = [
         row("encoder_fvu", "encoder FVU", "fraction", site.encoder_error / of_z, of_z),
         row("decoder_fvu", "decoder FVU", "fraction", site.decoder_error / of_h, of_h),
         row("up", "KL, dense to sparse", nats, site.up),
         row("down", "KL, sparse to dense", nats, site.down),
     ]
+    if data.h[s].outlying.n.any():
+        rows += [
+            over_all("encoder_fvu", "encoder FVU", site.encoder_error_all, data.z[s]),
+            over_all("decoder_fvu", "decoder FVU", site.decoder_error_all, data.h[s]),
+        ]
+    return rows
 
 
-def _model_rows(data: Measured, seed: int) -> list[Score]:
+def _model_rows(data: Measured, control_name: str, seed: int) -> list[Score]:
     """Return the scores of both models, and the share of the loss that the hybrids recover.
 
         (CE_unigram - CE_hybrid) / (CE_unigram - CE_dense)      mean over sites, each direction
@@ -273,8 +354,13 @@ def _model_rows(data: Measured, seed: int) -> list[Score]:
     m = data.models
 
     def row(key: str, name: str, values: Tensor, control: Tensor, **more: Any) -> Score:
-        given = {"unit": "nats per token", "control_name": UNIGRAM, "better": "lower", "seed": seed}
-        return paired(name, values, control[None], key=f"bridge.{key}", **{**given, **more})
+        given: dict[str, Any] = {
+            "unit": "nats per token",
+            "control_name": control_name,
+            "better": "lower",
+        }
+        given |= {"key": f"bridge.{key}", "seed": seed}
+        return paired(name, values, control[None], **{**given, **more})
 
     rows = [
         row("ce.dense", "cross entropy, dense", m.dense, m.unigram),
@@ -297,14 +383,3 @@ def _model_rows(data: Measured, seed: int) -> list[Score]:
         none = torch.zeros_like(mean)
         rows.append(row(f"recovered.{way}", f"loss recovered, {name}", mean, none, **more))
     return rows
-
-
-def _unigram(
-    blocks: Int[Tensor, "batch pos"], vocab_size: int, prefix: Sequence[int] = ()
-) -> Float[Tensor, " vocab"]:
-    """Return logits that predict every token by how often it occurs in the blocks.
-
-    They are the logarithms of the counts; each token is counted once more than it occurs. The first
-    token of a prefix, which nothing predicts, is not counted.
-    """
-    return (counted(blocks, prefix).bincount(minlength=vocab_size) + 1).double().log().float()

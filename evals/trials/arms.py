@@ -169,7 +169,7 @@ def mixed(like: Callable[[Trial], Decoded], seed: int) -> Make:
         @torch.no_grad()
         def delta(site: int) -> Float[Tensor, "prompt pos d_dense"]:
             dz = own.changes[trial.bridges.config.pairs[site]]
-            return of_length(trial.bridges.transport(site, dz @ r.T.to(dz)), own(site))
+            return of_length(own.of(dz @ r.T.to(dz), site), own(site))
 
         return delta
 

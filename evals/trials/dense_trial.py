@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from bridges.losses.quantities import kl_nats
-from bridges.maps.bridge import BridgeSet
+from bridges.maps.bridge import BridgeSet, through
 from bridges.transfer import stream_change
 from bridges.transfer.intervention import Ablation, Steering
 from dense import Edit, run_edited
@@ -47,16 +47,30 @@ Deltas = Callable[[int], Float[Tensor, "prompt pos d_dense"]]
 
 @dataclass(frozen=True)
 class Decoded:
-    """Changes dz of the sparse stream as changes of the dense one: sigma_s D_s dz_t at site s."""
+    """Changes dz of the sparse stream as changes of the dense one: sigma_s D_s dz_t at site s.
+
+    It is 0 at tokens that are outlying at s (`BridgeSet`).
+    """
 
     bridges: BridgeSet
     changes: list[Float[Tensor, "prompt pos d_sparse"]]
     """dz at every sparse site."""
+    h: list[Float[Tensor, "prompt pos d_dense"]]
+    """The dense residuals at every dense site."""
 
     @torch.no_grad()
     def __call__(self, site: int) -> Float[Tensor, "prompt pos d_dense"]:
         """Return what is added to the dense stream at a dense site."""
-        return self.bridges.transport(site, self.changes[self.bridges.config.pairs[site]])
+        return self.of(self.changes[self.bridges.config.pairs[site]], site)
+
+    @torch.no_grad()
+    def of(
+        self, dz: Float[Tensor, "prompt pos d_sparse"], site: int
+    ) -> Float[Tensor, "prompt pos d_dense"]:
+        """Return what any change of the sparse stream at a site adds to the dense one."""
+        delta = self.bridges.transport(site, dz)
+        ordinary = self.bridges.ordinary(site, self.h[site])
+        return through(delta, ordinary, torch.zeros_like(delta))
 
 
 Logits = Float[Tensor, "prompt vocab"]
@@ -99,19 +113,18 @@ class Trial:
         known = {"there": self.there, "clean": self.z}
         with torch.no_grad(), still(self.sparse):
             dz = stream_change.replaced(self.sparse, self.ids, self.sources, chosen, **known)
-        return Decoded(self.bridges, _finite(dz))
+        return Decoded(self.bridges, _finite(dz), self.h)
 
     def ablated(self, nodes: Iterable[Node]) -> Decoded:
         """Return what holding these nodes at their mean adds, by site."""
         ablation = Ablation(nodes)
         chosen, values = ablation.chosen(self.mapped), ablation.values(self.mapped)
-        return Decoded(
-            self.bridges, stream_change.ablated(self.sparse, self.ids, chosen, values, clean=self.z)
-        )
+        dz = stream_change.ablated(self.sparse, self.ids, chosen, values, clean=self.z)
+        return Decoded(self.bridges, dz, self.h)
 
     def embedded(self) -> Decoded:
         """Return the difference of the embeddings of source and prompt, decoded at every site."""
-        return Decoded(self.bridges, [self.z_source[0] - self.z[0]] * len(self.z))
+        return Decoded(self.bridges, [self.z_source[0] - self.z[0]] * len(self.z), self.h)
 
     def patched(self) -> Deltas:
         """Return the full patch from the source: its dense residual minus that of the prompt."""

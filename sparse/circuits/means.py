@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -29,12 +29,14 @@ def node_means(
     blocks: Int[Tensor, "block pos"],
     batch_size: int = 16,
     locations: list[str] | None = None,
+    where: Bool[Tensor, "block pos"] | None = None,
 ) -> dict[str, Float[Tensor, " _"]]:
     """Return the mean of every node over all positions of `blocks`, {location: means}.
 
-    `blocks` must hold no padding. `locations` limits the means to some locations, and may name
-    `final_resid` too; by default they are all of `SparseGPT.node_widths`. Sums are in float64.
-    Raises ValueError where there are no tokens.
+    With `where`, the mean is over the tokens that it marks: `bridges.save_run` leaves out those
+    that are outlying in the dense model. `blocks` must hold no padding. `locations` limits the
+    means to some locations, and may name `final_resid` too; by default they are all of
+    `SparseGPT.node_widths`. Sums are in float64. Raises ValueError where there are no tokens.
 
     >>> from bridges import load_run
     >>> from sparse import node_means
@@ -43,17 +45,20 @@ def node_means(
     >>> means["0.attn.q"].shape == (run.sparse.node_widths()["0.attn.q"],)
     True
     """
-    if not blocks.numel():
+    wanted = torch.ones_like(blocks, dtype=torch.bool) if where is None else where.to(blocks.device)
+    if not wanted.any():
         raise ValueError("node_means: no tokens; pass at least one block of text")
     names = list(model.node_widths()) if locations is None else locations
     sums = {at: torch.zeros(model.node(at).width, dtype=torch.float64) for at in names}
     device = next(model.parameters()).device
-    for ids in blocks.split(batch_size):
+    for ids, own in zip(blocks.split(batch_size), wanted.split(batch_size), strict=True):
         with still(model), recorded(model, names) as values:
             model.model(ids.to(device), use_cache=False)
         for at, value in values.items():
+            if where is not None:
+                value = torch.where(own.to(device)[..., None], value, 0.0)
             sums[at] += value.double().sum((0, 1)).cpu()
-    return {at: (total / blocks.numel()).float() for at, total in sums.items()}
+    return {at: (total / int(wanted.sum())).float() for at, total in sums.items()}
 
 
 def save_means(folder: str | Path, means: Values, fingerprint: str) -> None:

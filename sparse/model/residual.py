@@ -16,7 +16,7 @@ residuals into logits.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from jaxtyping import Float, Int
@@ -24,6 +24,9 @@ from torch import Tensor
 
 from .blocks import Block, picked
 from .trunk import SparseGPTModel, SparseGPTPreTrainedModel
+
+Entry = Tensor | Callable[[Tensor], Tensor]
+"""Rows that enter a pass at a site, or a function of the residuals there that returns them."""
 
 
 class ResidualAccess(SparseGPTPreTrainedModel):
@@ -148,10 +151,14 @@ class ResidualAccess(SparseGPTPreTrainedModel):
     def residuals_and_joined(
         self,
         ids: Int[Tensor, "batch pos"],
-        entries: Mapping[int, Float[Tensor, "_ _ d_resid"]],
+        entries: Mapping[int, Entry],
         entry_ids: Mapping[int, Int[Tensor, "_ _"]],
     ) -> tuple[list[Float[Tensor, "batch pos d_resid"]], dict[int, Float[Tensor, "_ _ d_resid"]]]:
-        """Return `residuals(ids)` and `joined(entries, entry_ids)` from one pass."""
+        """Return `residuals(ids)` and `joined(entries, entry_ids)` from one pass.
+
+        An entry may also be a function that gets z_s, the residuals of `ids` at its site, and
+        returns the rows that enter there.
+        """
         self._check_entries(entries, entry_ids, ids.shape[1])
         z, _ = self.model.prepare(self.model.wte(ids))
         return self._grow(z, self.model.context(z[:1]), entries)
@@ -197,42 +204,49 @@ class ResidualAccess(SparseGPTPreTrainedModel):
         return block.think(z, call["positions"]) if s % 2 else block.attend(z, **call)
 
     def _grow(
-        self, z: Tensor, call: dict, entries: Mapping[int, Tensor]
+        self, z: Tensor, call: dict, entries: Mapping[int, Entry]
     ) -> tuple[list[Tensor], dict[int, Tensor]]:
         """Run `z` on from site 0, and let the rows of `entries` in at their sites.
 
         Returns the residuals of the rows of `z` at every site, and {s: last residuals of the rows
         that entered at s}.
         """
-        n, sites = len(z), sorted(entries)
+        n, sizes = len(z), {}
         seen = []
         for s in range(self.n_sites):
             if s and len(z):
                 z = self._step(s - 1, z, call)
             if s in entries:
-                first, z = _Joined.apply(z, n, entries[s])  # pyright: ignore
+                given = entries[s]
+                entry = given if isinstance(given, Tensor) else given(z[:n])
+                sizes[s] = len(entry)
+                first, z = _Joined.apply(z, n, entry)  # pyright: ignore
             else:
                 first = z if len(z) == n else z[:n].clone()
             seen.append(first)
-        ends = z.split([n, *(len(entries[s]) for s in sites)])
-        return seen, dict(zip(sites, ends[1:], strict=True))
+        ends = z.split([n, *sizes.values()])
+        return seen, dict(zip(sizes, ends[1:], strict=True))
 
     def _check_entries(
-        self, entries: Mapping[int, Tensor], ids: Mapping[int, Tensor], n_pos: int | None = None
+        self, entries: Mapping[int, Entry], ids: Mapping[int, Tensor], n_pos: int | None = None
     ) -> None:
         """Raise ValueError unless every entry has a site of the model, ids of its shape, and as
         many positions as the others (and as `n_pos`, where given).
+
+        The shape of an entry that is a function is not known yet.
         """
-        for s, h in entries.items():
+        for s in entries:
             if not 0 <= s < self.n_sites:
                 raise ValueError(f"SparseGPT.joined: site {s} is outside 0..{self.n_sites - 1}")
+        given = {s: h for s, h in entries.items() if isinstance(h, Tensor)}
+        for s, h in given.items():
             want = (*ids[s].shape, self.d_resid) if s in ids else None
             if h.shape != want:
                 raise ValueError(
                     f"SparseGPT.joined: the rows of site {s} are {tuple(h.shape)}, but their ids "
                     f"and width {self.d_resid} need {want}"
                 )
-        lengths = {h.shape[1] for h in entries.values()}
+        lengths = {h.shape[1] for h in given.values()}
         if n_pos is not None:
             lengths.add(n_pos)
         if len(lengths) > 1:

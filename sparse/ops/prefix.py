@@ -86,6 +86,13 @@ def counted(blocks: Int[Tensor, "block pos"], prefix: Sequence[int]) -> Int[Tens
     return (blocks[:, 1:] if prefix else blocks).flatten().cpu()
 
 
+def count_tokens(
+    blocks: Int[Tensor, "block pos"], vocab_size: int, prefix: Sequence[int] = ()
+) -> Int[Tensor, " vocab"]:
+    """Return how often every token occurs in the blocks, but for the first of a prefix."""
+    return counted(blocks, prefix).bincount(minlength=vocab_size)
+
+
 def _encoded(tokenizer: PreTrainedTokenizerBase, **how: Any) -> list[list[int]]:
     out = tokenizer(list(PROBES), return_attention_mask=False, verbose=False, **how)
     return out["input_ids"]  # pyright: ignore[reportReturnType]

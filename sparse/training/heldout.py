@@ -14,7 +14,7 @@ from torch import Tensor
 from sparse.model.gpt import SparseGPT
 from sparse.model.modes import mode
 from sparse.ops.csr_linear import csr_products
-from sparse.ops.prefix import counted
+from sparse.ops.prefix import count_tokens
 
 
 @torch.no_grad()
@@ -74,7 +74,7 @@ def unigram_nats(
     >>> round(unigram_nats(text, [text], vocab_size=2), 3)  # -(2 ln 4/6 + ln 2/6) / 3
     0.637
     """
-    counts = torch.bincount(counted(blocks, prefix), minlength=vocab_size)
+    counts = count_tokens(blocks, vocab_size, prefix)
     log_q = (counts.double() + 1).log()
     log_q -= log_q.logsumexp(0)
     return -torch.cat([log_q[ids[:, 1:].cpu()].flatten() for ids in batches]).mean().item()

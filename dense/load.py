@@ -13,6 +13,7 @@ from urllib.request import Request, urlopen
 
 import torch
 
+from .gguf import gguf_file, load_gguf
 from .sites import SiteError
 
 TINY = Path(__file__).parent / "tiny_data"
@@ -30,9 +31,12 @@ _INSTEAD = "use `--dense tiny`, the built-in model, or `--dense /a/folder` that 
 def load(name_or_folder: str | Path, **kwargs: Any) -> tuple[Any, Any]:
     """Return (model, tokenizer or None); `kwargs` go to transformers, `dtype` defaults to fp32.
 
-    Raises FileNotFoundError naming the missing file when a folder is incomplete or a name is
-    neither cached nor reachable, ValueError when a file is damaged or lacks weights.
+    A GGUF file, or "smollm2", is dequantised (gguf.py). Raises FileNotFoundError naming the missing
+    file when a folder is incomplete or a name is neither cached nor reachable, ValueError when a
+    file is damaged or lacks weights.
     """
+    if (path := gguf_file(name_or_folder, kwargs)) is not None:
+        return load_gguf(path, kwargs)
     source = str(TINY if str(name_or_folder) == "tiny" else name_or_folder)
     folder, missing = _on_this_machine(source, kwargs)
     if missing:

@@ -17,8 +17,10 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
+from . import kept_proof
 from .fingerprint import fingerprint
 from .inputs import Inputs, at_positions, check_positions
+from .kept_proof import Proof
 from .load import TINY, load, refuse_unsuitable
 from .probe import probe
 from .proof import check_function, check_joined, pads_left, prove
@@ -37,32 +39,45 @@ class DenseModel:
     Any loaded `PreTrainedModel` that generates text from one residual stream can be given. It is
     put into eval mode and its parameters stop requiring gradients: it is read, never trained.
     Nothing else on it is changed. When the model is opened its sites are found by probing it
-    (probe.py), and resuming at each of them is compared with the original (proof.py). Raises
-    SiteError, with what was seen, if a site cannot be found or resuming there is not exact.
+    (probe.py), and resuming at each of them is compared with the original (proof.py). What
+    `from_pretrained` opens is proven once and the proof kept (kept_proof.py). Raises SiteError,
+    with what was seen, if a site cannot be found or resuming there is not exact.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any = None, *, name: str | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any = None,
+        *,
+        name: str | None = None,
+        proof: Proof | None = None,
+    ) -> None:
         refuse_unsuitable(model)
         self.model: Any = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         path = getattr(model.config, "_name_or_path", "")
         self.name = name or ("tiny" if path == str(TINY) else path) or self.model_type
-        check_function(model)
+        if proof is None:
+            check_function(model)
         self.layout: Layout = probe(model)
         self._inputs = Inputs(model)
         self._stand_ins = StandIns(model, self.layout)
-        self._inputs.pads_left = pads_left(model, self._inputs)
-        moved, want = prove(model, self.layout, self.residuals, self.resume, self._besides)
         self.apart_because: str | None
-        self._axes, self.apart_because = learn_axes(self._stand_ins, self._inputs)
-        self.apart_because = check_joined(model, moved, want, self.joined, self.unembed) or (
-            self.apart_because
-        )
+        if proof is None:
+            self._inputs.pads_left = pads_left(model, self._inputs)
+            moved, want = prove(model, self.layout, self.residuals, self.resume, self._besides)
+            self._axes, self.apart_because = learn_axes(self._stand_ins, self._inputs)
+            why = check_joined(model, moved, want, self.joined, self.unembed)
+            self.apart_because = why or self.apart_because
+        else:
+            self._axes, _ = learn_axes(self._stand_ins, self._inputs)
+            self._inputs.pads_left, self.apart_because = proof.pads_left, proof.apart_because
 
     @classmethod
     def from_pretrained(cls, name_or_folder: str | Path, **kwargs: Any) -> "DenseModel":
-        """Open "tiny" (built in), a saved folder, or a name on the Hugging Face hub.
+        """Open "tiny" (built in), a saved folder, a GGUF file, or a name on the Hugging Face hub.
 
+        "smollm2" is a GGUF file too, of SmolLM2-135M-Instruct, which `make real` installs.
         `kwargs` go to transformers; weights are read as fp32 unless `dtype` says otherwise. What
         is on this machine is not fetched again. Raises FileNotFoundError and ValueError as `load`
         (load.py) does, and SiteError for a model that cannot be used.
@@ -71,7 +86,13 @@ class DenseModel:
         if revision := kwargs.get("revision"):
             name += f"@{revision}"
         model, tokenizer = load(name_or_folder, **kwargs)
-        return cls(model, tokenizer, name=name)
+        at = kept_proof.path_of(model)
+        proof = kept_proof.read(at)
+        dense = cls(model, tokenizer, name=name, proof=proof)
+        if proof is None:
+            found = Proof(pads_left=dense.pads_left, apart_because=dense.apart_because)
+            kept_proof.write(at, found)
+        return dense
 
     # what it is
 

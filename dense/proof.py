@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from tqdm import tqdm
 
 from .inputs import Inputs
 from .sites import (
@@ -118,7 +119,8 @@ def prove(
             f"{sorted(missed)}), so those sites cannot be proven"
         )
     wrong: dict[int, str] = {}
-    for s, h in reversed(list(enumerate(moved))):
+    sites = reversed(list(enumerate(moved)))
+    for s, h in tqdm(sites, "proving sites", n_sites, leave=False, disable=None, delay=2):
         with explaining(model, f"resuming at site {s}"):
             got = resume(s, h[s : s + 1], ids)
         if how := _wrong(got, want[s], clean):

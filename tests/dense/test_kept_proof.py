@@ -11,7 +11,7 @@ from dense import DenseModel, kept_proof, model
 
 @pytest.fixture
 def proofs(monkeypatch, tmp_path):
-    """Proofs are kept for small models too, in a folder of this test; counts those that are made."""
+    """Proofs are kept for small models too, in a folder of this test; a list of those made."""
     made = []
     prove = model.prove
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))

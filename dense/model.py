@@ -22,6 +22,7 @@ from .fingerprint import fingerprint
 from .inputs import Inputs, at_positions, check_positions
 from .kept_proof import Proof
 from .load import TINY, load, refuse_unsuitable
+from .outlying import outlying_tokens, sentence
 from .probe import probe
 from .proof import check_function, check_joined, pads_left, prove
 from .sites import Layout
@@ -360,8 +361,12 @@ class DenseModel:
             return f"{self.layout.path}.{k - 1}.resid_post"
         return f"{self.layout.path}.{k}.{'resid_mid' if mid else 'resid_pre'}"
 
-    def describe(self) -> str:
-        """Return one line of text: family, depth, number of sites, and where they are."""
+    def describe(self, ids: Int[Tensor, "batch pos"] | None = None) -> str:
+        """Return one line of text: family, depth, number of sites, and where they are.
+
+        With some tokens of a text, a second line says at which sites some of them are outlying, and
+        how much of the variance these carry (outlying.py).
+        """
         composition, seen = self.layout.composition, self.layout.seen
         why = {
             "sequential": "after the embeddings, each attention and each MLP",
@@ -375,12 +380,16 @@ class DenseModel:
         }[composition]
         if not self.has_mid:
             why = f"after the embeddings and each block, none inside: {why}"
-        return (
+        line = (
             f"{self.name} ({self.model_type}): {self.n_layers} layers, {self.n_sites} residual "
             f"sites of width {self.d_resid}, {why}"
         )
+        if ids is None:
+            return line
+        return f"{line}\n{sentence(outlying_tokens(self, ids.to(self.device)), self.n_sites)}"
 
-    __repr__ = describe
+    def __repr__(self) -> str:
+        return self.describe()
 
     # how
 

@@ -323,10 +323,26 @@ def _notes(
     notes = [f"{name}: {note}" for name, circuit in circuits.items() for note in circuit.notes]
     if not circuits:
         notes.append("no circuit in this run: only the bridges were measured")
+    notes += outlying(bridges)
     notes += [f"{name} was left out: {' '.join(why.split())}" for name, why in skipped.items()]
     if not any(row.key.startswith("bridge.recovered") for row in bridges):
         notes.append(NO_ROOM)
     return tuple(notes)
+
+
+def outlying(bridges: Sequence[Score]) -> list[str]:
+    """Return a note that says where tokens are outlying, and what one bit about them explains."""
+    rows = [row for row in bridges if row.key.endswith(".decoder_fvu.all")]
+    if not rows:
+        return []
+    most = max(rows, key=lambda row: row.detail["variance that they carry"])
+    site = most.key.split(".")[2]
+    return [
+        f"attention sinks: at {len(rows)} of the bridged sites some tokens are outlying and left "
+        f"out of the bridges' errors; at site {site} they are {most.detail['outlying tokens']:.1%} "
+        f"of the tokens and {most.detail['variance that they carry']:.1%} of the variance, and "
+        f"knowing which tokens they are gives a decoder FVU of {most.control:.3g} over all tokens"
+    ]
 
 
 def shared_nodes(circuits: Mapping[str, Circuit], found: Mapping[str, Circuit]) -> list[str]:

@@ -2,7 +2,8 @@ import pytest
 import torch
 import transformers as tf
 
-from dense import DenseModel, SiteError, run_edited, trace_model
+from dense import DenseModel, SiteError, run_edited, tiny, trace_model
+from dense.outlying import outlying_tokens
 
 
 def noisy(h, seed=3):
@@ -274,3 +275,20 @@ def test_a_saved_folder_opens_under_its_name(make, tmp_path):
     make("qwen3").save_pretrained(tmp_path)
     assert DenseModel.from_pretrained(tmp_path).name == str(tmp_path)
     assert isinstance(DenseModel.from_pretrained(tmp_path).model, tf.Qwen3ForCausalLM)
+
+
+def test_describe_says_how_many_tokens_are_outlying_and_what_they_carry():
+    dense = tiny()
+    ids = torch.arange(160).view(4, 40)
+    assert "none at any site" in dense.describe(ids)
+    with torch.no_grad():
+        dense.model.transformer.wpe.weight[0, 3] += 500.0
+    sunk = DenseModel(dense.model, dense.tokenizer)
+    line = sunk.describe(ids).splitlines()[1]
+    assert "at 5 of 5 sites, 0 to 4" in line and "2.5% of the tokens" in line
+    (first, *_) = outlying_tokens(sunk, ids)
+    h = sunk.residuals(ids)[0].double()
+    whole, rest = (x.flatten(0, 1) for x in (h, h[:, 1:]))
+    by_hand = 1 - (rest - rest.mean(0)).square().sum() / (whole - whole.mean(0)).square().sum()
+    assert first.tokens == 1 / 40 and first.variance == pytest.approx(float(by_hand))
+    assert sunk.describe() == repr(sunk)  # control: without tokens it says nothing of them

@@ -16,7 +16,7 @@ def smollm2():
 
 @pytest.fixture(scope="session")
 def blocks(smollm2):
-    return pack(load_corpus(documents=4).train, smollm2.tokenizer, length=64)[:16]
+    return pack(load_corpus(documents=40).train, smollm2.tokenizer, length=64)[:16]
 
 
 def test_it_opens_and_knows_what_it_was_taught(smollm2):

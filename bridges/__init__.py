@@ -12,12 +12,13 @@ if TYPE_CHECKING:
     from .maps.bridge import BridgeConfig, BridgeSet
     from .maps.site_map import even_sites, fit_sites
     from .planted import PlantedPair, plant_pair
+    from .presets import PRESETS, Design, Preset, add_flags, preset_table, with_flags
     from .run_folder import Run, load_run, save_run
     from .task_circuits import choose_tasks, find_circuits
     from .training.config import CotrainConfig, LossWeights
     from .training.cotrain import cotrain
     from .training.torch_compile import compiled
-    from .training.validate import validate
+    from .training.validate import validate, validation_sequences
     from .transfer.dense_circuit import DenseCircuit
     from .transfer.intervention import Ablation, Steering
     from .transfer.map_circuit import map_circuit
@@ -33,9 +34,13 @@ __all__ = [
     "LossWeights",
     "Plan",
     "PlantedPair",
+    "Design",
+    "PRESETS",
+    "Preset",
     "Run",
     "Steering",
     "StepTime",
+    "add_flags",
     "choose_tasks",
     "compiled",
     "cotrain",
@@ -46,9 +51,12 @@ __all__ = [
     "map_circuit",
     "plan",
     "plant_pair",
+    "preset_table",
     "save_run",
     "time_steps",
     "validate",
+    "validation_sequences",
+    "with_flags",
 ]
 
 _HOME = {
@@ -67,7 +75,14 @@ _HOME = {
     "even_sites": "maps.site_map",
     "fit_sites": "maps.site_map",
     "validate": "training.validate",
+    "validation_sequences": "training.validate",
     "PlantedPair": "planted",
+    "Design": "presets",
+    "add_flags": "presets",
+    "preset_table": "presets",
+    "with_flags": "presets",
+    "PRESETS": "presets",
+    "Preset": "presets",
     "plant_pair": "planted",
     "Run": "run_folder",
     "load_run": "run_folder",

@@ -200,8 +200,7 @@ def save_run(
     check_begin(means_from, prefix, "save_run: means_from")
     sparse.save_pretrained(folder / "sparse")
     dense.tokenizer.save_pretrained(folder / "sparse")
-    ordinary = bridges.ordinary_tokens(dense, means_from)
-    means = node_means(sparse, means_from, where=ordinary)
+    means = node_means(sparse, means_from, where=bridges.ordinary_tokens(dense, means_from))
     save_means(folder / "sparse", means, sparse.fingerprint())
     bridges.dense_fingerprint = dense.fingerprint
     bridges.sparse_fingerprint = sparse.fingerprint()

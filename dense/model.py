@@ -17,11 +17,11 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-from . import kept_proof
 from .fingerprint import fingerprint
 from .inputs import Inputs, at_positions, check_positions
-from .kept_proof import Proof
-from .load import TINY, load, refuse_unsuitable
+from .opening import kept_proof
+from .opening.kept_proof import Proof
+from .opening.load import TINY, load, refuse_unsuitable
 from .outlying import outlying_tokens, sentence
 from .probe import probe
 from .proof import check_function, check_joined, pads_left, prove

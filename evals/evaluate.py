@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from evals.report.report import Report, provenance
 from evals.report.twin_card import twin_card
 from evals.scores.pictures import Matrix, Pictures
 from evals.scores.score import Score
-from evals.scores.verdict import Claim
+from evals.scores.verdict import Claim, Condition, Kind
 from evals.trials.matched import at_size, namesakes_of
 from evals.trials.prompts import check_numbers
 from sparse.circuits.circuit import Circuit
@@ -37,6 +37,7 @@ QUICK = {"draws": 19, "max_pairs": 24, "facts": False}
 """Smaller settings: the fewest draws that can hold at p = 0.05, fewer pairs, no rows of facts."""
 FACT_BLOCKS = 16
 """Held-out blocks on which the cost of an ablation, and of other text, is measured."""
+DENSE: tuple[Kind, ...] = ("carries", "needed")
 NO_ROOM = (
     "the dense model is no better than unigram frequencies on this text: there is no loss to "
     "recover, and those rows are left out"
@@ -70,6 +71,17 @@ class _Job:
             "seed": self.seed,
         }
 
+    def evaluations(self, names: Sequence[str], bar: tqdm) -> dict[str, Evaluation]:
+        """Return everything about these circuits, and move the bar on."""
+        circuits = sum(not name.endswith(":nonsense") for name in self.found)
+        steps = 8 * self.draws + 4 + circuits  # of one circuit: draws, rivals and namesakes
+        bar.reset(len(names) * steps)
+        each = {}
+        for i, name in enumerate(names):
+            each[name] = self.evaluation(name)
+            bar.update((i + 1) * steps - bar.n)  # what was kept, or could not be asked, took none
+        return each
+
     def evaluation(self, name: str) -> Evaluation:
         """Return everything about one circuit, each half from the cache if it is there."""
         beside = [f"{name}:nonsense", *namesakes_of(self.found, name)]
@@ -79,18 +91,19 @@ class _Job:
             "others": sorted(self.others),
             "settings": [self.draws, self.max_pairs, self.facts],
         }
-        halves = {"sparse": self._in_twin, "dense": self._in_dense}
-        twin, dense = (
-            Evaluation.from_dict(
-                kept(self.cache, about | {"in": model}, lambda make=make: make(name).to_dict())
-            )
-            for model, make in halves.items()
-        )
+        twin = self._kept(about | {"in": "sparse"}, lambda: self._in_twin(name))
+        if (does := twin["sufficient"]["does"]).state != "holds":  # a twin at chance
+            claims = tuple(untold(kind, twin["sufficient"].task, does) for kind in DENSE)
+            return replace(twin, claims=(*twin.claims, *claims))
+        dense = self._kept(about | {"in": "dense"}, lambda: self._in_dense(name))
         return Evaluation(
             claims=(*twin.claims, *dense.claims),
             rows=(*twin.rows, *dense.rows),
             pictures=dense.pictures,
         )
+
+    def _kept(self, about: dict[str, Any], make: Callable[[], Evaluation]) -> Evaluation:
+        return Evaluation.from_dict(kept(self.cache, about, lambda: make().to_dict()))
 
     def _given(self, name: str) -> dict[str, Any]:
         return {
@@ -158,9 +171,7 @@ def evaluate_run(
     found = run.circuits()
     names = _names(run, found, tasks)
     others = _done_by_dense(run, found, cache) if names else []
-    steps = _steps(settings, found)
-    bar = tqdm(total=len(names) * steps, desc="evaluate", disable=not progress)
-    with bar:
+    with tqdm(desc="evaluate", disable=not progress) as bar:
         job = _Job(
             run=run,
             found=found,
@@ -173,10 +184,7 @@ def evaluate_run(
             **settings,
         )
         bridges = _bridges(job, 16 if quick else None)
-        each = {}
-        for i, name in enumerate(names):
-            each[name] = job.evaluation(name)
-            bar.update((i + 1) * steps - bar.n)  # what was kept, or could not be asked, took none
+        each = job.evaluations(names, bar)
     facts_of = {**settings, "seed": seed, "quick": quick, "tasks": names, "run": run.manifest}
     untested = {n: "its task has no test pairs" for n, c in found.items() if not c.task.test}
     skipped = run.skipped() | untested if tasks is None else {}
@@ -190,6 +198,11 @@ def evaluate_run(
         notes=(*_notes(circuits, bridges, skipped), *shared_nodes(circuits, found)),
         provenance=provenance(**facts_of),
     )
+
+
+def untold(kind: Kind, task: str, premise: Condition) -> Claim:
+    """Return a claim of which only a premise was looked at, and missed."""
+    return Claim(kind=kind, task=task, value=0.0, unit="fraction", conditions=(premise,))
 
 
 def _sections(each: Mapping[str, Evaluation]) -> dict[str, tuple[Score, ...]]:
@@ -262,12 +275,6 @@ def _trials(
     if not names:
         return Trials(lambda name: {}[name], ())
     return trials_of(mapped_of(run, found[names[0]]), tasks, run.tokenizer, most, seed)
-
-
-def _steps(settings: Mapping[str, Any], found: Mapping[str, Circuit]) -> int:
-    """Return how many steps the claims of a circuit have: draws, rivals and namesakes."""
-    circuits = sum(not name.endswith(":nonsense") for name in found)
-    return 8 * settings["draws"] + 4 + circuits
 
 
 def _bridges(job: _Job, blocks: int | None) -> tuple[Score, ...]:

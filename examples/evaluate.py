@@ -23,14 +23,7 @@ def main() -> None:
     args = p.parse_args()
 
     from bridges import load_run, map_circuit
-    from evals import (
-        Report,
-        evaluate_bridge,
-        evaluate_circuit,
-        evaluate_transfer,
-        namesakes_of,
-        table,
-    )
+    from evals import Report, evaluate_bridge, evaluate_circuit, evaluate_transfer, namesakes_of
     from sparse import get_task
 
     run = load_run(args.run_dir)
@@ -55,7 +48,7 @@ def main() -> None:
         pictures=in_dense.pictures,
         provenance={"draws": args.draws, "seed": args.seed, "run": run.manifest},
     )
-    print(table(report))
+    print(report)
     print("wrote", *report.save(args.output_dir or run.output / "evaluations" / name))
 
 

@@ -28,7 +28,7 @@ from .model.config import SparseGPTConfig
 from .model.gpt import SparseGPT
 from .model.trunk import SparseGPTModel
 from .ops.abs_topk import abs_topk
-from .ops.prefix import prefix_ids
+from .ops.prefix import count_tokens, prefix_ids
 from .ops.project import project_
 from .storage.card import Card, Metric
 from .tasks.batch import task_nats
@@ -84,6 +84,7 @@ __all__ = [
     "node_means",
     "pack",
     "plant",
+    "count_tokens",
     "prefix_ids",
     "pretrain",
     "project_",

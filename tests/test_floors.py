@@ -20,9 +20,10 @@ MAY_IMPORT = {  # package: the packages of ours it may name
 }
 WINGS = {  # package: its wings (and files that stand beside them), ground floor first
     "sparse": "storage ops | tasks text model | training circuits | release",
-    "dense": "twin | fingerprint | inputs | sites | probe | stand_ins | proof | load | model | "
-    "edit | traced | open",
-    "bridges": "protocol losses | maps | planted training run_folder | cost transfer task_circuits",
+    "dense": "twin | fingerprint | inputs | sites | opening | probe | stand_ins | proof | "
+    "outlying | model | edit | traced | open",
+    "bridges": "protocol losses | maps | planted training run_folder | "
+    "cost transfer task_circuits | presets",
     "evals": "scores | trials | claims report cache | evaluate | __main__",
 }
 PACKAGES = tuple(WINGS)
@@ -382,7 +383,11 @@ PLANTED: dict[Rule, dict[str, str]] = {  # rule: file to what breaks the rule th
 HARMLESS = {
     "sparse/__init__.py": '__all__ = ["prune"]\n\nfrom .circuits.pruning.prune import prune\n',
     "dense/__init__.py": "",
-    **{f"dense/{name}.py": "" for name in WINGS["dense"].replace("|", " ").split()},
+    **{
+        f"dense/{name}.py": ""
+        for name in WINGS["dense"].replace("|", " ").split()
+        if name != "opening"
+    },
     "bridges/__init__.py": "",
     "evals/__init__.py": "",
     "sparse/release/files.py": "import torch\n\nx = torch.load('x', weights_only=True)\n"

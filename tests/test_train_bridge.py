@@ -6,6 +6,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,9 +15,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from bridges import cotrain, plan
-from dense import DenseModel
-from dense.load import TINY
+from bridges import PRESETS, Preset, cotrain, plan
+from dense import DenseModel, tiny
+from dense.opening.load import TINY
 from sparse import StreamingBatches, first_blocks, load_corpus, pack, stream_corpus
 
 SCRIPT = str(Path(__file__).resolve().parents[1] / "examples" / "train_bridge.py")
@@ -71,14 +72,17 @@ def test_a_plan_is_printed_and_nothing_is_written(extra, folder, tmp_path, monke
     n = sum(p.numel() for p in GPT2LMHeadModel.from_pretrained(folder).parameters())
     lines = {line[:38].strip(): line[38:].strip() for line in said.splitlines()}
     assert lines["dense"] == f"{n:,}" and lines["tokens"] == f"{12 * 4 * 16:,}"
-    assert float(lines["hours for the run"]) > 0 and float(lines["GB, resident peak (VmHWM)"]) > 0
-    assert f"demo for {folder}" in said  # a small model takes no preset of GPT-2's
+    assert float(lines["hours for training and validation"]) > 0
+    assert float(lines["GB, resident peak (VmHWM)"]) > 0
+    assert f"small for {folder}" in said  # a small model takes no preset of GPT-2's
+    assert "outlying tokens" in said
     assert lines["passes per step"] == ("2" if extra else "1")
 
 
 def full_shape():
     """What the plan and the design read of a GPT-2; its weights have shapes and no contents."""
     return SimpleNamespace(
+        name="gpt2",
         model=GPT2LMHeadModel(GPT2Config()),
         tokenizer=AutoTokenizer.from_pretrained(TINY),
         n_layers=12,
@@ -89,44 +93,71 @@ def full_shape():
     )
 
 
-@pytest.mark.parametrize("preset", CARDS)
-def test_a_preset_for_gpt2_fits_its_card_and_fills_it(preset, job):
-    names, args = job("--dense", "gpt2", "--preset", preset)
+@pytest.mark.parametrize("name", CARDS)
+def test_a_preset_for_gpt2_fits_its_card_and_fills_it(name):
+    preset = PRESETS[name]
     with FakeTensorMode():
         dense = full_shape()
-        names.fill_defaults(args, dense, torch.device("cpu"))
-        sparse, bridges, config = names.build(args, dense)
-    p = plan(dense, sparse, bridges, config, args.batch, args.length)
+        p = plan(dense, *preset.build(dense), preset.batch, preset.length)
     assert not p.unknown
-    assert 0.5 * CARDS[preset] < p.memory < 0.9 * CARDS[preset], p.line()
+    assert 0.5 * CARDS[name] < p.memory < 0.9 * CARDS[name], p.line()
     assert (p.dense_parameters, p.mixed_precision) == (124_439_808, "bf16")
-    assert args.stream and args.length <= 1024
-    if preset == "gpt2-80gb":
+    assert preset.stream and preset.length <= 1024
+    if name == "gpt2-80gb":
         assert p.memory > 2 * CARDS["gpt2-12gb"]  # control: it is no preset for the small card
 
 
-def test_the_preset_follows_the_model_and_the_device(job, monkeypatch):
-    def chosen(parameters, device, gigabytes=0.0, dense="gpt2", *flags):
-        found = SimpleNamespace(total_memory=gigabytes * 1e9)
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: found)
-        names, args = job("--dense", dense, *flags)
-        config = GPT2Config()
-        model = SimpleNamespace(num_parameters=lambda: parameters, config=config)
-        names.fill_defaults(args, SimpleNamespace(model=model), torch.device(device))
-        return args
+def test_the_preset_follows_the_model_and_the_memory(monkeypatch):
+    dense = full_shape()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert Preset.for_model(dense).name == "cpu"
+    assert Preset.for_model(tiny()).name == "demo"
+    small = SimpleNamespace(**vars(dense) | {"name": "mine"})
+    small.model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=64, n_head=2))
+    assert Preset.for_model(small).name == Preset.for_model(small, 80e9).name == "small"
+    found = {gb: Preset.for_model(dense, gb * 1e9) for gb in (6, 12, 80)}
+    for gb, preset in found.items():
+        assert preset.memory(dense) < 0.9e9 * gb
+    assert found[80] == PRESETS["gpt2-80gb"] and found[12].name == "gpt2-12gb"
+    assert found[6].accumulate > found[12].accumulate or found[6].expansion < found[12].expansion
+    with pytest.raises(ValueError, match="no preset for gpt2 fits into 1 GB: the thinnest needs"):
+        Preset.for_model(dense, 1e9)
 
-    assert chosen(124e6, "cuda", 85).preset == "gpt2-80gb"
-    assert chosen(124e6, "cuda", 16).preset == chosen(124e6, "cpu").preset == "gpt2-12gb"
-    assert chosen(1e6, "cuda", 85, "small").preset == chosen(1e6, "cpu", 0, "tiny").preset == "demo"
-    args = chosen(124e6, "cpu", 0, "gpt2", "--no-stream", "--accumulate", "2", "--steps", "9")
-    assert (args.stream, args.accumulate, args.steps, args.length) == (False, 2, 9, 512)
-    assert args.output_dir == "runs/gpt2-gpt2-12gb"
+
+def test_flags_change_a_preset_and_what_cannot_be_is_refused(job):
+    names, args = job("--preset", "gpt2-12gb", "--no-stream", "--accumulate", "2", "--steps", "9")
+    preset = names.chosen(args, full_shape())
+    assert preset == replace(PRESETS["gpt2-12gb"], stream=False, accumulate=2, steps=9)
+    assert args.output_dir == "runs/tiny-gpt2-12gb"
     with pytest.raises(
         ValueError, match="--batch 32 .* 1 process.* 3 passes; give a multiple of 3"
     ):
-        chosen(124e6, "cpu", 0, "gpt2", "--accumulate", "3")
+        replace(preset, accumulate=3).check(full_shape())
     with pytest.raises(ValueError, match="1024 positions; give --length 1024 or less"):
-        chosen(124e6, "cpu", 0, "gpt2", "--length", "2000")
+        replace(preset, length=2000).check(full_shape())
+
+
+def test_the_main_job_is_two_lines_in_a_notebook():
+    dense = tiny()
+    twin, bridges, config = Preset.for_model(dense).build(dense, "runs/mine")
+    bridges.check(dense, twin)
+    assert config.train.folder == "runs/mine" and config.lr == PRESETS["demo"].lr
+    again = Preset.for_model(dense).build(dense)
+    assert again.sparse.fingerprint() == twin.fingerprint()  # the seed fixes the start
+
+
+def test_as_many_steps_are_planned_as_fit_into_the_hours(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_text(tmp_path)
+    flags = ["--dense", str(folder), "--dataset", "text", "--plan", "--hours", "0.01"]
+    flags += ["--batch", "4", "--length", "16"]
+    monkeypatch.setattr(sys, "argv", ["train_bridge.py", *flags])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    runpy.run_path(SCRIPT, run_name="__main__")
+    said = capsys.readouterr().out
+    lines = {line[:38].strip(): line[38:].strip() for line in said.splitlines()}
+    hours = float(lines["hours for training and validation"])
+    assert 0.005 < hours <= 0.0105 and lines["optimizer steps"] != "3,000"
 
 
 @pytest.mark.parametrize(
@@ -149,13 +180,14 @@ def test_a_streamed_run_reads_what_streaming_batches_promise(job, tmp_path):
     write_text(tmp_path)
     text, tokenizer = tmp_path / "text", AutoTokenizer.from_pretrained(TINY)
     names, args = job("--dataset", str(text), "--preset", "smoke", "--stream")
-    args.batch, args.length = 4, 16
-    batches, heldout, train, data = names.read_text(args, tokenizer)
+    preset = replace(PRESETS["smoke"], batch=4, length=16, stream=True)
+    batches, heldout, kept, data = names.read_text(args, preset, tokenizer)
+    train = kept["means_from"]
     want = StreamingBatches(stream_corpus(text), tokenizer, 16, 4)
     for _, a, b in zip(range(3), batches, want, strict=False):
         assert torch.equal(a, b)
     state = json.loads(json.dumps(batches.state_dict()))
-    again = names.read_text(args, tokenizer)[0]
+    again = names.read_text(args, preset, tokenizer)[0]
     again.load_state_dict(state)
     assert torch.equal(next(iter(again)), next(iter(want)))
     assert torch.equal(heldout, first_blocks(stream_corpus(text), tokenizer, 16, 64))
@@ -176,9 +208,9 @@ def test_a_streamed_run_cut_in_two_ends_with_the_weights_of_an_undisturbed_one(
         flags += ["--stream", "--accumulate", "2", "--density", "0.5"]
         flags += ["--output_dir", str(tmp_path / name)]
         names, args = job(*flags)
-        names.fill_defaults(args, dense, torch.device("cpu"))
-        sparse, bridges, config = names.build(args, dense)
-        batches = names.read_text(args, dense.tokenizer)[0]
+        preset = names.chosen(args, dense)
+        sparse, bridges, config = preset.build(dense, args.output_dir)
+        batches = names.read_text(args, preset, dense.tokenizer)[0]
         cotrain(dense, sparse, bridges, batches, config)
         if cut:
             shutil.rmtree(tmp_path / name / "checkpoints" / "step-00000006")

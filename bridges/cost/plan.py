@@ -27,12 +27,15 @@ from torch import nn
 from bridges.losses.chunked import CHUNK, MIN_ROWS
 from bridges.maps.bridge import BridgeSet
 from bridges.training.config import CotrainConfig
+from bridges.training.validate import validation_cost, validation_sequences
 from sparse.model.gpt import SparseGPT
 from sparse.training.sparsity import budgets
 
 from .saved_bytes import dense_saved, site_saved, twin_saved
 from .step_time import StepTime, rows_per_pass
 
+HELD_OUT = 64
+"""Blocks of held-out text that a run keeps."""
 COPIES = 6
 """How many tensors as large as a chunk of logits exist at once: the logits of both models, log p,
 p, q and the gradient."""
@@ -67,6 +70,8 @@ class Plan:
     """Further bytes on each device during an evaluation. It never coincides with a step."""
     disk: dict[str, int]
     """Bytes on disk, by part."""
+    validated: float = 0.0
+    """Training tokens that would take as long as all evaluations (`validation_sequences`)."""
     unknown: tuple[str, ...] = ()
     """What could not be counted, and why."""
     step_time: StepTime | None = None
@@ -83,12 +88,28 @@ class Plan:
         return sum(self.state.values()) + max(sum(self.step.values()), self.evaluation)
 
     def hours(self, tokens: int | float | None = None) -> float | None:
-        """Return the hours for `tokens` tokens, by default all of the run's.
+        """Return the hours for `tokens` tokens, by default all of the run's, with its evaluations.
 
         None where no speed was measured (`step_time`).
         """
-        rate = self.step_time.tokens_per_second if self.step_time else None
-        return None if rate is None else (tokens or self.tokens) / rate / 3600
+        of_step = self.batch * self.length
+        seconds = (
+            self.step_time.of(of_step * (1 + self.validated / self.tokens))
+            if (self.step_time)
+            else None
+        )
+        return None if seconds is None else seconds * (tokens or self.tokens) / of_step / 3600
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Training tokens per second in steps of the run's size, as predicted."""
+        seconds = self.step_time.of(self.batch * self.length) if self.step_time else None
+        return None if seconds is None else self.batch * self.length / seconds
+
+    def steps_within(self, hours: float) -> int | None:
+        """Return how many steps, with their evaluations, fit into so many hours."""
+        whole = self.hours()
+        return None if whole is None else int(self.steps * hours / whole)
 
     def line(self) -> str:
         """Return one line: steps, tokens, memory and, where the speed was measured, hours."""
@@ -101,7 +122,7 @@ class Plan:
         if (hours := self.hours()) is None:
             where, why = self.step_time.device, self.step_time.failed
             return f"{said}; the probe did not hold on {where}: {why}"
-        rate = f"{self.step_time.tokens_per_second:,.3g} tokens/s on {self.step_time.device}"
+        rate = f"{self.tokens_per_second:,.3g} tokens/s on {self.step_time.device}"
         return f"{said}; at {rate} it takes about {hours:,.3g} hours"
 
     def __str__(self) -> str:
@@ -139,8 +160,9 @@ class Plan:
                 ("  device", p.device),
                 ("  sequences at a time", f"{p.sequences} x {p.length} tokens"),
                 ("  seconds per such step", f"{p.seconds:.3g}"),
-                ("  tokens/s", f"{p.tokens_per_second:,.3g}"),
-                ("  hours for the run", f"{whole:,.3g}"),
+                ("  of these, whatever its size", f"{p.fixed:.3g}"),
+                ("  tokens/s, in steps of the run's", f"{self.tokens_per_second:,.3g}"),
+                ("  hours for training and validation", f"{whole:,.3g}"),
                 ("  hours for 1 B tokens", f"{billion:,.3g}"),
                 (f"  GB, {p.peak_of}", gb(p.peak or 0)),
             ]
@@ -188,7 +210,6 @@ def plan(
     weights, moments, parameters = _trained(sparse, bridges)
     shards = processes if train.shard else 1
     step, unknown = _step(dense, sparse, bridges, config, rows, length)
-    n = train.keep_checkpoints
     return Plan(
         dense_parameters=count(dense.model),
         twin_parameters=count(sparse),
@@ -207,14 +228,30 @@ def plan(
         },
         step=_gradients(parameters, shards) | step,
         evaluation=_evaluation(dense, sparse, bridges, min(evaluated, rows) * length),
-        disk={
-            f"{n} checkpoints, one being written": (n + 1) * (weights + moments),
-            "twin, bridges, held-out text": weights + 64 * 8 * length,
-            "tokens of the text": 4 * text_tokens,
-        },
+        disk=_disk(config, weights, moments, length, text_tokens),
+        validated=_validated(bridges, config, batch, length),
         unknown=unknown,
         step_time=step_time,
     )
+
+
+def _disk(
+    config: CotrainConfig, weights: int, moments: int, length: int, text_tokens: int
+) -> dict[str, int]:
+    n = config.train.keep_checkpoints
+    return {
+        f"{n} checkpoints, one being written": (n + 1) * (weights + moments),
+        "twin, bridges, held-out text": weights + HELD_OUT * 8 * length,
+        "tokens of the text": 4 * text_tokens,
+    }
+
+
+def _validated(bridges: BridgeSet, config: CotrainConfig, batch: int, length: int) -> float:
+    """Return how many training tokens would take as long as all evaluations of a run."""
+    n, train = len(bridges.config.sites), config.train
+    every = train.evaluate_every or train.steps
+    sequences = min(HELD_OUT, validation_sequences(config, n, batch))
+    return -(-train.steps // every) * sequences * length * validation_cost(config, n)
 
 
 def _gradients(parameters: int, shards: int) -> dict[str, int]:

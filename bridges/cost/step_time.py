@@ -1,4 +1,11 @@
-"""Measure speed and memory of a few real training steps on the device at hand."""
+"""Measure speed and memory of a few real training steps on the device at hand.
+
+    seconds of a step = fixed + tokens * per_token
+
+What is fixed is the optimizer and the projection, which touch every parameter once; what grows with
+the tokens are the passes. They are timed apart within one step, so that a probe of a few sequences
+predicts a step of many.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +18,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from bridges.maps.bridge import BridgeSet
 from bridges.protocol import FrozenModel
@@ -38,6 +46,8 @@ class StepTime:
     """Tokens of a sequence."""
     seconds: float | None = None
     """Seconds of one step: forward and backward passes, optimizer and projection."""
+    fixed: float = 0.0
+    """Those of them that do not grow with the tokens: optimizer and projection."""
     peak: int | None = None
     """Bytes of memory at the peak."""
     peak_of: str = ""
@@ -51,29 +61,46 @@ class StepTime:
         """Training tokens per second over all processes."""
         return None if self.seconds is None else self.sequences * self.length / self.seconds
 
+    def of(self, tokens: int | float) -> float | None:
+        """Return the seconds of a step of so many tokens over all processes."""
+        if self.seconds is None:
+            return None
+        per_token = (self.seconds - self.fixed) / (self.sequences * self.length)
+        return self.fixed + tokens * per_token
+
 
 class _Enough(AllStop):
     """Raised to end the training before it has written anything."""
 
 
 class _Clocked:
-    """A source of random tokens that notes when each step asks for a batch.
+    """A source of random tokens that notes when each step asks for a batch, and when it updates.
 
-    After `steps` steps it raises `_Enough` instead of giving another batch.
+    After `steps` steps it raises `_Enough` instead of giving another batch; after two, if these
+    took longer than `enough` seconds.
     """
 
-    def __init__(self, ids: Tensor, device: torch.device, steps: int) -> None:
-        self.ids, self.device, self.steps = ids, device, steps
+    def __init__(self, ids: Tensor, device: torch.device, steps: int, enough: float) -> None:
+        self.ids, self.device, self.steps, self.enough = ids, device, steps, enough
         self.times: list[float] = []
+        self.updates: list[float] = []
 
     def __iter__(self) -> Iterator[Tensor]:
-        while len(self.times) <= self.steps:
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-            self.times.append(perf_counter())
-            if len(self.times) <= self.steps:
-                yield self.ids
-        raise _Enough
+        while True:
+            self.times.append(self._now())
+            n, spent = len(self.times) - 1, self.times[-1] - self.times[0]
+            if n == self.steps or (n == 2 and spent > self.enough):
+                raise _Enough
+            yield self.ids
+
+    def update(self, *_: Any) -> None:
+        """Note that the passes of a step are over and its update begins."""
+        self.updates.append(self._now())
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return perf_counter()
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -122,7 +149,7 @@ def time_steps(
     best, spent = StepTime(device=_name(device)), 0.0
     while True:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):  # each step seeds
-            found = _try(dense, sparse, bridges, config, n * world, length, accelerator)
+            found = _try(dense, sparse, bridges, config, n * world, length, accelerator, seconds)
         if isinstance(found, str):
             return replace(best, failed=f"{n} x {length} tokens a process: {found}")
         # of several processes the slowest counts, and all go on or none
@@ -155,28 +182,31 @@ def _try(
     sequences: int,
     length: int,
     accelerator: Accelerator,
+    seconds: float,
 ) -> StepTime | str:
     """Return what a few steps took, or the first line of the error if they ran out of memory."""
     device, short = accelerator.device, _short(config)
     module = Cotraining(dense, sparse, bridges, short).to(device)
     ids = torch.randint(dense.vocab_size, (sequences * short.train.accumulate, length))
-    batches = _Clocked(ids, device, 1 + TIMED)
+    batches = _Clocked(ids, device, 1 + TIMED, seconds / 4)
 
     def at_the_end(step: int) -> dict[str, float]:
         return module.sparsifier.project(short.train.steps)  # the twin's final density
 
     _reset_peak(device)
+    handle = register_optimizer_step_pre_hook(batches.update)
     try:
         fit(module, batches, short.train, at_the_end, accelerator=accelerator)
     except _Enough:
-        times = batches.times
-        peak, of = _peak(device)
-        took = min(b - a for a, b in zip(times[1:], times[2:], strict=False))
+        times, peak, of = batches.times, *_peak(device)
+        steps = zip(times[1:], batches.updates[1:], times[2:], strict=False)
+        took, fixed = min((end - begun, end - update) for begun, update, end in steps)
         return StepTime(
             device=_name(device),
             sequences=len(ids),
             length=length,
             seconds=took,
+            fixed=fixed,
             peak=peak,
             peak_of=of,
         )
@@ -185,6 +215,7 @@ def _try(
             raise
         return str(error).split("\n")[0]
     finally:
+        handle.remove()
         module.zero_grad(set_to_none=True)
         accelerator.free_memory()
     raise AssertionError("fit ended before it was stopped")

@@ -200,7 +200,8 @@ def cotrain(
         calibrate(dense, bridges, batches, config.calibration_tokens, accelerator.device)
 
     def evaluate() -> dict[str, float]:
-        return validate(dense, sparse, bridges, validation, accelerator.device, accelerator)
+        how = {"progress": accelerator.is_main_process}
+        return validate(dense, sparse, bridges, validation, accelerator.device, accelerator, **how)
 
     identity = asdict(config) | {"dense": fingerprint(dense), "bridges": asdict(bridges.config)}
     identity |= {"sparse": sparse.config.architecture()}

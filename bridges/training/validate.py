@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from jaxtyping import Int
 from torch import Tensor
+from tqdm import tqdm
 
 from bridges.losses.moments import Moments
 from bridges.losses.quantities import nmse
@@ -18,6 +19,7 @@ from sparse.model.modes import mode
 from sparse.ops.csr_linear import csr_products
 from sparse.training.config import BatchSource
 
+from .config import CotrainConfig
 from .hybrid import run_passes, score_passes
 
 
@@ -46,6 +48,32 @@ def calibrate(
     bridges.centre(moments)
 
 
+def validation_sequences(config: CotrainConfig, n_bridges: int, batch: int) -> int:
+    """Return how many sequences an evaluation may score, to take a tenth of the training at most.
+
+        n = 0.1 E B (4 + 3 m) / (2 + S)         at least 1
+
+    E steps lie between two evaluations, B sequences are in a step, m of S bridges are crossed by
+    each. Counted are passes of a sequence through one model: a step takes one of the dense model,
+    three of the twin (backward is two) and, for every crossing, half of each three times; an
+    evaluation takes one of each model and half of each for every bridge in either direction.
+
+    >>> from bridges import PRESETS, validation_sequences
+    >>> validation_sequences(PRESETS["cpu"].training("runs/new"), n_bridges=13, batch=8)
+    74
+    """
+    steps = config.train.steps
+    every = min(config.train.evaluate_every or steps, steps)
+    return max(1, int(0.1 * every * batch / validation_cost(config, n_bridges)))
+
+
+def validation_cost(config: CotrainConfig, n_bridges: int) -> float:
+    """Return the cost of evaluating a sequence in costs of training on one: (2 + S) / (4 + 3 m)."""
+    crossed = n_bridges if config.hybrid_sites == "all" else config.sites_per_sequence
+    crossed = crossed if config.weights.hybrid else 0
+    return (2 + n_bridges) / (4 + 3 * crossed)
+
+
 @torch.no_grad()
 def validate(
     dense: ResidualModel,
@@ -54,6 +82,7 @@ def validate(
     validation: Sequence[Int[Tensor, "batch pos"]],
     device: torch.device | str = "cpu",
     accelerator: Accelerator | None = None,
+    progress: bool = False,
 ) -> dict[str, float]:
     """Return the unweighted terms of the co-training loss, as means over the batches `validation`.
 
@@ -78,7 +107,7 @@ def validate(
     if not mine:  # this process has no share: it measures a batch for the names, and counts nothing
         mine, counts = range(1), 0.0
     sums: dict[str, float] = {}
-    for i in mine:
+    for i in tqdm(mine, "validate", leave=False, delay=2, disable=not progress):
         with mode(sparse, training=False), csr_products(sparse):
             measured = _measure(dense, sparse, bridges, validation[i].to(device))
         for name, value in measured.items():

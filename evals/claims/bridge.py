@@ -232,7 +232,12 @@ def _kept(x: Tensor) -> Tensor:
 
 
 def _crossed(
-    run: Any, bridges: BridgeSet, h: list[Tensor], z: list[Tensor], y: Tensor, ids: Tensor
+    run: Any,
+    bridges: BridgeSet,
+    h: list[Tensor],
+    z: list[Tensor],
+    y: Tensor,
+    ids: Tensor,
 ) -> dict[int, tuple[Tensor, ...]]:
     """Return the fields of `SiteSums`, by site, for one set of bridges.
 
@@ -242,6 +247,11 @@ def _crossed(
     up = {s: bridges.encode(s, h[s]) for s in pairs}
     down = {s: bridges.decode(s, z[t]) for s, t in pairs.items()}
     masks = {s: bridges.ordinary(s, h[s]) for s in pairs}
+    for s, t in pairs.items():
+        errors = [(up[s] - z[t]).square().sum(2), (down[s] - h[s]).square().sum(2)]
+        ordinary = masks[s]
+        counted = errors if ordinary is None else [x * ordinary for x in errors]
+        out[s] = tuple(x.sum(1) for x in (*counted, *errors))
     to_sparse = run.sparse.joined(
         {t: through(up[s], masks[s], z[t]) for s, t in pairs.items()},
         dict.fromkeys(pairs.values(), ids),
@@ -250,13 +260,9 @@ def _crossed(
         {s: through(down[s], masks[s], h[s]) for s in pairs}, dict.fromkeys(pairs, ids)
     )
     for s, t in pairs.items():
-        errors = [(up[s] - z[t]).square().sum(2), (down[s] - h[s]).square().sum(2)]
-        ordinary = masks[s]
-        counted = errors if ordinary is None else [x * ordinary for x in errors]
         ended_up = run.sparse.unembed(to_sparse[t], ids)
         ended_down = run.dense.unembed(to_dense[s], ids)
-        out[s] = (
-            *(x.sum(1) for x in (*counted, *errors)),
+        out[s] += (
             kl_nats(y, ended_up).mean(-1),
             kl_nats(y, ended_down).mean(-1),
             ce_nats(ended_up, ids).mean(-1),

@@ -78,20 +78,20 @@ def _sufficient(
     tick: Tick,
 ) -> Iterator[Condition]:
     own, loss = _mean(trial.full), _mean(alone)
-    yield _does(own)
+    yield (does := _does(own))
+    if does.state != "holds":
+        return  # of what the model does not do, no circuit can be judged
     yield from few_others(circuit)
     goal = max(circuit.target_loss, own + SLACK)
     yield threshold("loss", "task loss, all else at its mean", loss, goal, "nats", "lower")
     yield threshold(
         "not_better", "not better than its own model", loss, own - SLACK, "nats", "higher"
     )
-    mine = alone
+    there = {p: trial.stochastic(circuit, p) for p in SHARES}
+    mine = there[COMPARED]
     for p in SHARES:
-        there = trial.stochastic(circuit, p)
-        if p == COMPARED:
-            mine = there
         name = f"distance from the model, a share {p:g} of all else ablated"
-        gap = abs(_mean(there) - own)
+        gap = abs(_mean(there[p]) - own)
         yield threshold(f"stochastic.{p:g}", name, gap, NEAR, "nats", "lower")
     for name, namesake in namesakes.items():
         other = at_size(namesake, circuit, exactly=True) if name == NONSENSE else namesake
@@ -109,8 +109,8 @@ def _sufficient(
     for i in range(draws):
         found.append(_mean(trial.stochastic(apart(circuit, seed + i), COMPARED)))
         tick()
-    name = "less loss than random circuits of its size"
-    yield outranks("random", name, _mean(mine), found, "nats", "lower")
+    words = "less loss than random circuits of its size"
+    yield outranks("random", words, _mean(mine), found, "nats", "lower")
     yield from no_namesake(namesakes)
 
 
@@ -150,7 +150,9 @@ def _necessary(
     tick: Tick,
 ) -> Iterator[Condition]:
     own = _mean(trial.full)
-    yield _does(own)
+    yield (does := _does(own))
+    if does.state != "holds":
+        return
     yield from few_others(circuit)
     yield threshold("harm", "harm of ablating it", harm, LEAST, "fraction", "higher")
     for name, namesake in namesakes.items():

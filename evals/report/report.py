@@ -86,6 +86,9 @@ class Report:
         """The curves among the pictures."""
         return self.pictures.curves
 
+    def __str__(self) -> str:
+        return table(self)
+
     def __iter__(self) -> Iterator[tuple[str, Score]]:
         return ((heading, row) for heading, rows in self.sections.items() for row in rows)
 

@@ -118,7 +118,7 @@ def namesakes_of(found: Mapping[str, Circuit], name: str) -> dict[str, Circuit]:
     >>> from bridges import load_run
     >>> from evals import namesakes_of
     >>> list(namesakes_of(load_run("tiny").circuits(), "else_elif"))[:2]
-    ['single_double_quote', 'while_return_true']
+    ['if_equals', 'indent_for']
     """
     own = found[name].task.family
     return {n: c for n, c in found.items() if c.task.family != own and not n.endswith(":nonsense")}

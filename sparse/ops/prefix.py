@@ -89,7 +89,13 @@ def counted(blocks: Int[Tensor, "block pos"], prefix: Sequence[int]) -> Int[Tens
 def count_tokens(
     blocks: Int[Tensor, "block pos"], vocab_size: int, prefix: Sequence[int] = ()
 ) -> Int[Tensor, " vocab"]:
-    """Return how often every token occurs in the blocks, but for the first of a prefix."""
+    """Return how often every token occurs in the blocks, but for the first of a prefix.
+
+    >>> import torch
+    >>> from sparse import count_tokens
+    >>> count_tokens(torch.tensor([[0, 2, 2]]), vocab_size=3)
+    tensor([1, 0, 2])
+    """
     return counted(blocks, prefix).bincount(minlength=vocab_size)
 
 

@@ -210,9 +210,13 @@ class StreamingBatches:
         return {
             **how,
             "prefix": list(self.prefix),
-            "tokenizer": text_hash(tokenizer_rules(self.tokenizer)),
+            "tokenizer": self._rules,
             "first_row": self._first,
         }
+
+    @cached_property
+    def _rules(self) -> str:
+        return text_hash(tokenizer_rules(self.tokenizer))
 
     def _read_first(self) -> None:
         """Read the first row for its hash; `load_state_dict` then sets the rows to their place."""

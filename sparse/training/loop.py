@@ -19,7 +19,7 @@ from sparse.ops.seeds import seed_of
 
 from .config import BatchSource, TrainConfig
 from .groups import Group, decay_, scale_
-from .processes import Interrupted, accelerator_for, stop_requests
+from .processes import Abandoned, Interrupted, StopRequest, accelerator_for, stop_requests
 from .run_state import RunState
 from .shard import gathered, prepared
 
@@ -82,9 +82,10 @@ def fit(
     `evaluate`.
 
     SIGINT and SIGTERM let the step under way end; then the state is saved and Interrupted is
-    raised. Where several processes train, a signal to one is enough, and all stop at the next step
-    that writes a line of the log. A signal during the last step raises nothing, since the run is
-    complete then.
+    raised. A step or an evaluation that takes more than 2 s longer (`PATIENCE`) is abandoned, and
+    taken anew when the run resumes. Where several processes train, a signal to one is enough, and
+    all stop at the next step that writes a line of the log. A signal during the last step raises
+    nothing, since the run is complete then.
     """
     accelerator = accelerator_for(config, accelerator)
     with prepared(module, accelerator, config.shard) as wrapped:
@@ -109,11 +110,16 @@ def _steps(
     config, accelerator, step = run.config, run.accelerator, run.resume()
     bar = _bar(config.steps, step, accelerator)
     with bar, stop_requests() as stop:
+        missed = step and _due(step, config) and not run.evaluated(step)
+        if evaluate and missed and not _evaluate(run, wrapped, step, evaluate, stop):
+            return _said(stop, step)
         stream = iter(run.batches)
         while step < config.steps:
             _seed(config.seed, step, accelerator.process_index)
-            ids = run.share(next(stream))
-            losses = _backward(run.module, wrapped, ids, step, config, accelerator)
+            if (losses := _passes(run, wrapped, stream, step, stop)) is None:
+                if step:  # before the first step there is nothing to save
+                    run.save(step)
+                return _said(stop, step)
             lr = {g.name: g.lr(step) for g in groups}
             rms = _update(groups, run.optimizer, lr, accelerator)
             notes = (after_step(step) if after_step else None) or {}
@@ -122,22 +128,61 @@ def _steps(
                     decay_(group, lr[group.name])
             step += 1
             bar.update()
-            last, alone = step == config.steps, accelerator.num_processes == 1
-            halt = bool(stop) and alone
+            last = step == config.steps
+            halt = bool(stop) and run.alone
             if last or step % config.log_every == 0:
                 terms, sizes, asked = run.read(step, losses, rms, bool(stop))
                 bar.set_postfix(_short(run.log(step, terms, sizes, lr, notes)))
                 halt |= asked
-            if evaluate and (last or _due(step, config.evaluate_every)):
-                with gathered(wrapped):
-                    run.write({"step": step} | {f"val/{n}": v for n, v in evaluate().items()})
+            if evaluate and _due(step, config):
+                if not _evaluate(run, wrapped, step, evaluate, stop):  # made when it resumes
+                    halt, last = True, False
             if halt or last or step % config.checkpoint_every == 0:
                 run.read(step, losses, rms)  # raises if a number is not finite: never save that
                 run.save(step)
             if halt and not last:
-                who = stop[0] if stop else "a signal to another process"
-                return f"stopped by {who} after step {step}; its state is saved"
+                return _said(stop, step)
     return ""
+
+
+def _passes(
+    run: RunState, wrapped: nn.Module, stream: Any, step: int, stop: StopRequest
+) -> dict[str, Tensor] | None:
+    """Run the passes of a step; return its loss terms, or None where they were abandoned.
+
+    One process alone may abandon them; the batches are then set back to where they were.
+    """
+    place = run.batches.state_dict() if run.alone else {}
+    try:
+        ids = run.share(next(stream))
+        with stop.abandonable() if run.alone else nullcontext():
+            return _backward(run.module, wrapped, ids, step, run.config, run.accelerator)
+    except Abandoned:
+        run.batches.load_state_dict(place)
+        return None
+
+
+def _said(stop: StopRequest, step: int) -> str:
+    who = stop.names[0] if stop else "a signal to another process"
+    kept = "its state is saved" if step else "nothing was done yet"
+    return f"stopped by {who} after step {step}; {kept}"
+
+
+def _evaluate(
+    run: RunState,
+    wrapped: nn.Module,
+    step: int,
+    evaluate: Callable[[], dict[str, float]],
+    stop: StopRequest,
+) -> bool:
+    """Evaluate and log; return whether it came to its end. One process alone may abandon it."""
+    try:
+        with gathered(wrapped), stop.abandonable() if run.alone else nullcontext():
+            found = evaluate()
+    except Abandoned:
+        return False
+    run.write({"step": step} | {f"val/{name}": value for name, value in found.items()})
+    return True
 
 
 def _backward(
@@ -198,8 +243,10 @@ def _seed(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(seed_of(seed, step, rank))
 
 
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
+def _due(step: int, config: TrainConfig) -> bool:
+    """Return whether an evaluation belongs to a step: every so many, and the last one."""
+    every = config.evaluate_every
+    return step == config.steps or (every > 0 and step % every == 0)
 
 
 def _short(shown: dict[str, float]) -> dict[str, str]:

@@ -10,34 +10,81 @@ import signal
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 
 from .config import TrainConfig
 
+PATIENCE = 2.0
+"""Seconds that what is under way has to end by itself after a signal."""
+
 
 class Interrupted(KeyboardInterrupt):
     """Training was asked to stop and has saved its state; the same command resumes it."""
 
 
-@contextmanager
-def stop_requests() -> Iterator[list[str]]:
-    """Yield a list to which SIGINT and SIGTERM add their names while the context is open.
+class Abandoned(Exception):
+    """What was under way was given up because it was asked to stop; nothing it did counts."""
 
-    So a signal does not end the process in the middle of a step; the loop looks at the list after
-    the step. Outside the main thread no signal can be caught, and the list stays empty.
+
+class StopRequest:
+    """Whether a signal has asked to stop, and which. It is true once one has."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self._open = self._late = False
+
+    def __bool__(self) -> bool:
+        return bool(self.names)
+
+    def note(self, number: int, _frame: Any = None) -> None:
+        """Note a signal; its patience begins now."""
+        self.names.append(signal.Signals(number).name)
+        if hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_REAL, PATIENCE)
+
+    def end(self, _number: int = 0, _frame: Any = None) -> None:
+        """Give up what is under way, if it may be given up, now or when it begins."""
+        self._late = True
+        if self._open:
+            raise Abandoned
+
+    @contextmanager
+    def abandonable(self) -> Iterator[None]:
+        """Raise Abandoned in this block where a signal has waited PATIENCE seconds for its end."""
+        self._open = True
+        try:
+            if self._late:
+                raise Abandoned
+            yield
+        finally:
+            self._open = False
+
+
+@contextmanager
+def stop_requests() -> Iterator[StopRequest]:
+    """Yield an object to which SIGINT and SIGTERM are noted while the context is open.
+
+    So a signal does not end the process in the middle of a step; the loop looks at the object after
+    the step. Where a block of the loop may be abandoned and takes longer than PATIENCE seconds
+    more, it is. Outside the main thread no signal can be caught, and nothing is noted.
     """
-    asked: list[str] = []
+    asked = StopRequest()
     kinds: Iterable[signal.Signals] = (signal.SIGINT, signal.SIGTERM)
     before = {}
     if threading.current_thread() is not threading.main_thread():
         kinds = ()  # only the main thread may handle signals
     try:
         for kind in kinds:
-            before[kind] = signal.signal(kind, lambda n, _: asked.append(signal.Signals(n).name))
+            before[kind] = signal.signal(kind, asked.note)
+        if kinds and hasattr(signal, "SIGALRM"):
+            before[signal.SIGALRM] = signal.signal(signal.SIGALRM, asked.end)
         yield asked
     finally:
+        if hasattr(signal, "SIGALRM") and signal.SIGALRM in before:
+            signal.setitimer(signal.ITIMER_REAL, 0)
         for kind, handler in before.items():
             signal.signal(kind, handler)
 

@@ -191,6 +191,19 @@ class RunState:
         self._cut_log(state["step"])
         return state["step"]
 
+    @property
+    def alone(self) -> bool:
+        """Whether one process trains."""
+        return self.accelerator.num_processes == 1
+
+    def evaluated(self, step: int) -> bool:
+        """Return whether the log has the evaluation of a step."""
+        path = self.folder / "log.jsonl"
+        if not path.exists():
+            return False
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        return any(line["step"] == step and "loss/total" not in line for line in lines)
+
     def _same_run(self, saved: dict, folder: Path) -> None:
         mine = self.identity
         differ = [k for k in sorted(saved.keys() | mine.keys()) if saved.get(k) != mine.get(k)]

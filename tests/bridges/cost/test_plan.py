@@ -13,6 +13,7 @@ from bridges.cost.step_time import StepTime, time_steps
 from bridges.maps.bridge import BridgeConfig, BridgeSet
 from bridges.training.config import CotrainConfig
 from bridges.training.cotrain import Cotraining, cotrain
+from bridges.training.validate import validation_sequences
 from sparse.text.batches import Batches
 from sparse.training.config import TrainConfig
 from sparse.training.sparsity import SparsityConfig, project_model_
@@ -162,8 +163,15 @@ def test_a_probe_takes_the_real_step_at_growing_sizes_and_writes_nothing(
     zero = (sparse.model.wte.weight == 0).float().mean()
     assert 0.45 < zero < 0.55  # at its final density
     p = plan(dense, sparse, bridges, config, 8, 6, step_time=found)
-    assert p.hours() == pytest.approx(p.tokens / found.tokens_per_second / 3600)
-    assert p.hours(1e9) == pytest.approx(1e9 / found.tokens_per_second / 3600)
+    assert 0 < found.fixed < found.seconds
+    assert found.of(8 * 6) == pytest.approx(found.seconds) and found.of(0) == found.fixed
+    n = validation_sequences(config, len(bridges.config.sites), 8)
+    evaluations = p.steps / (config.train.evaluate_every or p.steps)
+    assert p.validated == pytest.approx(evaluations * n * 6 * (2 + 5) / (4 + 3))
+    want = found.of(8 * 6 * (1 + p.validated / p.tokens)) / 3600
+    assert p.hours() == pytest.approx(p.steps * want)
+    assert p.hours(1e9) == pytest.approx(1e9 / (8 * 6) * want)
+    assert p.steps_within(2 * p.hours()) in (2 * p.steps - 1, 2 * p.steps)
     assert f"{p.hours(1e9):,.3g}" in str(p) and "resident peak" in str(p)
 
 

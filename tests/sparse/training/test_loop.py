@@ -3,6 +3,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sparse.ops.project import project_
 from sparse.storage.checkpoint import read_folder, steps_saved, write_folder
 from sparse.text.batches import Batches
+from sparse.training import processes
 from sparse.training.config import TrainConfig
 from sparse.training.groups import Group, scale_, warmup_decay
 from sparse.training.loop import fit
@@ -204,6 +206,73 @@ def test_a_stop_signal_lets_the_step_end_and_saves_first(tmp_path, kind):
     assert signal.getsignal(kind) is before, "the handlers are put back"
     train(tmp_path / "cut")
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
+class Slow(Regression):
+    """One step asks the process to stop and then takes very long."""
+
+    def __init__(self, at):
+        super().__init__()
+        self.at = at
+
+    def forward(self, ids, step):
+        if step == self.at:
+            linger()
+        return super().forward(ids, step)
+
+
+def linger():
+    os.kill(os.getpid(), signal.SIGINT)
+    begun = time.monotonic()
+    while time.monotonic() - begun < 30:
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(processes, "PATIENCE", 0.1)
+
+
+@pytest.mark.parametrize("at", [0, 4, 11])
+def test_a_step_that_takes_too_long_is_abandoned_and_taken_anew(tmp_path, impatient, at):
+    train(tmp_path / "whole")
+    begun = time.monotonic()
+    with pytest.raises(Interrupted, match=f"stopped by SIGINT after step {at}; "):
+        train(tmp_path / "cut", Slow(at), checkpoint_every=2)
+    assert time.monotonic() - begun < 10
+    names = [p.name for p in steps_saved(tmp_path / "cut" / "checkpoints")]
+    assert names[-1:] == ([f"step-{at:08d}"] if at else [])
+    train(tmp_path / "cut")
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("at", [4, 12])
+def test_an_evaluation_that_takes_too_long_is_abandoned_and_made_when_the_run_resumes(
+    tmp_path, impatient, at
+):
+    calls = []
+
+    def evaluate():
+        calls.append(1)
+        if len(calls) == at // 4 and stopping:
+            linger()
+        return {"loss": 1.0}
+
+    stopping = False
+    train(tmp_path / "whole", evaluate=evaluate, evaluate_every=4)
+    calls.clear()
+    stopping = True
+    with pytest.raises(Interrupted, match=f"stopped by SIGINT after step {at}; its state is"):
+        train(tmp_path / "cut", evaluate=evaluate, evaluate_every=4)
+    stopping = False
+    train(tmp_path / "cut", evaluate=evaluate, evaluate_every=4)
+    timeless = [[{k: v for k, v in x.items() if "time" not in k} for x in log(tmp_path / name)]
+                for name in ("whole", "cut")]  # fmt: skip
+    assert timeless[0] == timeless[1] and sum("val/loss" in x for x in timeless[1]) == 3
+    calls.clear()
+    train(tmp_path / "cut", evaluate=evaluate, evaluate_every=4)
+    assert not calls  # a finished run is not evaluated again
 
 
 def test_a_finished_run_started_again_does_nothing(tmp_path):

@@ -6,7 +6,8 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from dense import DenseModel, kept_proof, model
+from dense import DenseModel, model
+from dense.opening import kept_proof
 
 
 @pytest.fixture

@@ -2,7 +2,8 @@
 
 import pytest
 
-from dense import DenseModel, gguf
+from dense import DenseModel
+from dense.opening import gguf
 
 
 def test_a_model_that_comes_in_a_wheel_says_how_to_get_it(monkeypatch):

@@ -13,10 +13,10 @@ from urllib.request import Request, urlopen
 
 import torch
 
+from ..sites import SiteError
 from .gguf import gguf_file, load_gguf
-from .sites import SiteError
 
-TINY = Path(__file__).parent / "tiny_data"
+TINY = Path(__file__).parents[1] / "tiny_data"
 
 _WEIGHTS = (
     "model.safetensors",

@@ -7,7 +7,7 @@ import torch
 from huggingface_hub import constants
 
 from dense import DenseModel, tiny
-from dense.load import TINY
+from dense.opening.load import TINY
 
 TEXT = '''def mean(values):
     """Return the mean of the values."""
@@ -116,7 +116,7 @@ def test_damaged_and_partial_weights_are_refused(make, tmp_path):
 
 
 def test_the_built_in_model_without_its_files_says_how_to_get_them(monkeypatch, tmp_path):
-    monkeypatch.setattr("dense.load.TINY", tmp_path)
+    monkeypatch.setattr("dense.opening.load.TINY", tmp_path)
     with pytest.raises(OSError, match="config.json is missing.*reinstall"):
         tiny()
     assert TINY != tmp_path

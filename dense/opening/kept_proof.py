@@ -16,8 +16,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from ..fingerprint import fingerprint
 from .cache import cache_folder
-from .fingerprint import fingerprint
 
 SMALL = 10_000_000
 """Parameters below which a proof takes no time."""
@@ -46,7 +46,7 @@ def path_of(model: Any) -> Path | None:
         "class": type(model).__qualname__,
     }
     digest.update(json.dumps(about, sort_keys=True, default=str).encode())
-    own = sorted(Path(__file__).parent.glob("*.py"))
+    own = sorted(Path(__file__).parents[1].rglob("*.py"))
     of_class = getattr(sys.modules[type(model).__module__], "__file__", None)
     for file in [*own, *([Path(of_class)] if of_class else [])]:
         digest.update(file.read_bytes())

@@ -101,13 +101,14 @@ def show_plan(args, preset, dense, accelerator):
     sizes["processes"] = accelerator.num_processes
     design = preset.build(dense, args.output_dir, **training(args))  # the probe changes it
     with perhaps_compiled(args, dense, design.sparse):
-        probed = time_steps(dense, *design, preset.batch, preset.length, accelerator, 12.0)
+        probed = time_steps(dense, *design, preset.batch, preset.length, accelerator)
     planned = plan(dense, *design, **sizes, step_time=probed)
     if args.hours and (steps := planned.steps_within(args.hours)):
         preset = replace(preset, steps=max(1, steps))
         design = design._replace(config=preset.training(args.output_dir, **training(args)))
         planned = plan(dense, *design, **sizes, step_time=probed)
     title = f"{preset.name} for {args.dense}"
+    title += f" (--hours: to resume, give --steps {preset.steps} instead)" if args.hours else ""
     return f"{title}\n{planned}" if args.plan else f"{title}: {planned.line()}", preset
 
 

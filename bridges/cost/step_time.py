@@ -30,6 +30,8 @@ from sparse.training.shard import AllStop
 
 NEVER = 10**9
 """A number of steps that no measurement reaches."""
+SLOW = 0.5
+"""Seconds of a step of one sequence from which on sizes are not tried one by one."""
 TIMED = 2
 """Steps that are timed, after a first one that warms up; the faster of them counts."""
 
@@ -123,8 +125,9 @@ def time_steps(
 
     A pass of one sequence per process is tried first, then one of twice as many, and so on up to
     the size of one pass of the planned step, as long as all steps together would stay within
-    `seconds` (compilation does not count). The result is that of the largest size that fitted. The
-    timed steps have the twin at its final density.
+    `seconds` (compilation does not count). A slow device goes straight to the largest that would.
+    The result is that of the largest size that fitted. The timed steps have the twin at its final
+    density.
 
     The steps are taken by `fit` itself, which is stopped before it writes. So no file is written
     and the random numbers drawn later are the same as without this call. But `sparse` and `bridges`
@@ -155,9 +158,24 @@ def time_steps(
         # of several processes the slowest counts, and all go on or none
         took = _slowest(found.seconds or 0.0, accelerator)
         best, spent = replace(found, seconds=took), spent + (1 + TIMED) * took
-        if n == most or spent + 2 * (1 + TIMED) * took > seconds:
+        n, tried = _next(n, most, took, seconds - spent), n
+        if n == tried:
             return best
-        n = min(2 * n, most)
+
+
+def _next(n: int, most: int, took: float, left: float) -> int:
+    """Return the size to try after `n`; `n` itself where there is none, or no time for it.
+
+    It is twice as large. On a slow device it is as large as a step to warm up and a timed one allow
+    in the time that is `left`: a large pass costs less per token than a small one.
+    """
+    two = 2 * took / n  # seconds of two steps, per sequence
+    if n == most or min(2 * n, most) * two > left:
+        return n
+    larger = min(2 * n, most)
+    while took > SLOW and 2 * larger <= most and 2 * larger * two <= left:
+        larger *= 2
+    return larger
 
 
 def rows_per_pass(batch: int, processes: int, accumulate: int) -> int:

@@ -25,6 +25,14 @@ _WEIGHTS = (
     "pytorch_model.bin.index.json",
 )
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+_DTYPES = {
+    "fp32": torch.float32,
+    "float32": torch.float32,
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+    "fp16": torch.float16,
+    "float16": torch.float16,
+}
 _INSTEAD = "use `--dense tiny`, the built-in model, or `--dense /a/folder` that holds a saved model"
 
 
@@ -35,6 +43,7 @@ def load(name_or_folder: str | Path, **kwargs: Any) -> tuple[Any, Any]:
     file when a folder is incomplete or a name is neither cached nor reachable, ValueError when a
     file is damaged or lacks weights.
     """
+    kwargs = checked_options(kwargs)
     if (path := gguf_file(name_or_folder, kwargs)) is not None:
         return load_gguf(path, kwargs)
     source = str(TINY if str(name_or_folder) == "tiny" else name_or_folder)
@@ -43,6 +52,24 @@ def load(name_or_folder: str | Path, **kwargs: Any) -> tuple[Any, Any]:
         _need_hub(source, missing)
     opened = source if folder is None else str(folder)
     return _model(opened, kwargs), _tokenizer(opened, kwargs)
+
+
+def checked_options(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the options for transformers, with a dtype that is named by its usual short name.
+
+    Raises ValueError for a dtype that nobody knows, and for CUDA where there is none.
+    """
+    dtype, device = kwargs.get("dtype"), kwargs.get("device_map")
+    if isinstance(dtype, str) and dtype != "auto":
+        if dtype not in _DTYPES:
+            raise ValueError(f"dtype={dtype!r} is none of {sorted(_DTYPES)}; torch's own work too")
+        kwargs = kwargs | {"dtype": _DTYPES[dtype]}
+    if "cuda" in str(device) and not torch.cuda.is_available():
+        raise ValueError(
+            f"device_map={device!r} needs CUDA, and torch {torch.__version__} finds no GPU here; "
+            "leave device_map out to load on the CPU"
+        )
+    return kwargs
 
 
 def _model(source: str, kwargs: dict[str, Any]) -> Any:

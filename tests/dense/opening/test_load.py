@@ -126,3 +126,15 @@ def test_weights_are_read_as_fp32_unless_asked_otherwise(make, tmp_path):
     make("gpt2").to(torch.bfloat16).save_pretrained(tmp_path)
     assert DenseModel.from_pretrained(tmp_path).model.dtype == torch.float32
     assert DenseModel.from_pretrained(tmp_path, dtype="auto").model.dtype == torch.bfloat16
+
+
+def test_a_dtype_has_its_short_name_and_another_is_refused():
+    assert DenseModel.from_pretrained("tiny", dtype="bf16").model.dtype is torch.bfloat16
+    with pytest.raises(ValueError, match="dtype='int3' is none of .*bf16"):
+        DenseModel.from_pretrained("tiny", dtype="int3")
+
+
+def test_cuda_is_asked_for_in_vain_where_there_is_none(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="device_map='cuda' needs CUDA.*leave device_map out"):
+        DenseModel.from_pretrained("tiny", device_map="cuda")

@@ -60,7 +60,7 @@ def control_facts(row: Score) -> str:
     """Return what the control of a row is, and how many of its draws the value is beyond."""
     side = "above" if row.better == "higher" else "below"
     count = f"{side} {row.rank} of {row.n_draws} " if row.n_draws > 1 else ""
-    worse = "; worse than the mean" if row.key.endswith("_fvu") and row.value > 1 else ""
+    worse = "; worse than the mean" if "_fvu" in row.key and row.value > 1 else ""
     return f"{count}{row.control_name}{worse}"
 
 

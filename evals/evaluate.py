@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from jaxtyping import Int
+from torch import Tensor
 from tqdm import tqdm
 
 from bridges import Run
 from bridges.transfer.dense_circuit import DenseCircuit
-from evals.claims.bridge import evaluate_bridge
+from evals.claims.bridge import affordable, evaluate_bridge
 from evals.claims.circuit import evaluate_circuit
 from evals.claims.claims import Trials, trials_of
 from evals.claims.evaluation import Evaluation
@@ -23,7 +25,7 @@ from evals.report.twin_card import twin_card
 from evals.scores.pictures import Matrix, Pictures
 from evals.scores.score import Score
 from evals.scores.verdict import Claim, Condition, Kind
-from evals.trials.matched import at_size, namesakes_of
+from evals.trials.matched import namesakes_of
 from evals.trials.prompts import check_numbers
 from sparse.circuits.circuit import Circuit
 from sparse.circuits.view.graph import graph
@@ -32,16 +34,13 @@ from sparse.tasks.suite import get_task, task_names
 from sparse.tasks.task import Task
 
 from .cache import bridges_mark, circuit_mark, fingerprint, kept
+from .notes import few_blocks, notes_of
 
 QUICK = {"draws": 19, "max_pairs": 24, "facts": False}
 """Smaller settings: the fewest draws that can hold at p = 0.05, fewer pairs, no rows of facts."""
 FACT_BLOCKS = 16
 """Held-out blocks on which the cost of an ablation, and of other text, is measured."""
 DENSE: tuple[Kind, ...] = ("carries", "needed")
-NO_ROOM = (
-    "the dense model is no better than unigram frequencies on this text: there is no loss to "
-    "recover, and those rows are left out"
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,7 +182,8 @@ def evaluate_run(
             progress=progress,
             **settings,
         )
-        bridges = _bridges(job, 16 if quick else None)
+        heldout = affordable(run, run.heldout()[: 16 if quick else None])
+        bridges = _bridges(job, heldout)
         each = job.evaluations(names, bar)
     facts_of = {**settings, "seed": seed, "quick": quick, "tasks": names, "run": run.manifest}
     untested = {n: "its task has no test pairs" for n, c in found.items() if not c.task.test}
@@ -195,7 +195,7 @@ def evaluate_run(
         sections={"Bridges": bridges, **_sections(each)},
         pictures=_pictures(each),
         graphs=tuple(graph(run.sparse, circuit) for circuit in circuits.values()),
-        notes=(*_notes(circuits, bridges, skipped), *shared_nodes(circuits, found)),
+        notes=(*notes_of(circuits, found, bridges, skipped), *few_blocks(run, heldout, quick)),
         provenance=provenance(**facts_of),
     )
 
@@ -277,8 +277,7 @@ def _trials(
     return trials_of(mapped_of(run, found[names[0]]), tasks, run.tokenizer, most, seed)
 
 
-def _bridges(job: _Job, blocks: int | None) -> tuple[Score, ...]:
-    heldout = job.run.heldout()[:blocks]
+def _bridges(job: _Job, heldout: Int[Tensor, "block pos"]) -> tuple[Score, ...]:
     about = job.mark() | {"blocks": len(heldout)}
 
     def make() -> dict[str, Any]:
@@ -319,58 +318,6 @@ def specificity(claims: Sequence[Claim]) -> Matrix | None:
         columns=tuple(columns),
         values=tuple(tuple(harms.get(name) for name in columns) for harms in rows.values()),
     )
-
-
-def _notes(
-    circuits: Mapping[str, Circuit],
-    bridges: Sequence[Score],
-    skipped: Mapping[str, str],
-) -> tuple[str, ...]:
-    """Return what a reader must know before believing the numbers."""
-    notes = [f"{name}: {note}" for name, circuit in circuits.items() for note in circuit.notes]
-    if not circuits:
-        notes.append("no circuit in this run: only the bridges were measured")
-    notes += outlying(bridges)
-    notes += [f"{name} was left out: {' '.join(why.split())}" for name, why in skipped.items()]
-    if not any(row.key.startswith("bridge.recovered") for row in bridges):
-        notes.append(NO_ROOM)
-    return tuple(notes)
-
-
-def outlying(bridges: Sequence[Score]) -> list[str]:
-    """Return a note that says where tokens are outlying, and what one bit about them explains."""
-    rows = [row for row in bridges if row.key.endswith(".decoder_fvu.all")]
-    if not rows:
-        return []
-    most = max(rows, key=lambda row: row.detail["variance that they carry"])
-    site = most.key.split(".")[2]
-    return [
-        f"attention sinks: at {len(rows)} of the bridged sites some tokens are outlying and left "
-        f"out of the bridges' errors; at site {site} they are {most.detail['outlying tokens']:.1%} "
-        f"of the tokens and {most.detail['variance that they carry']:.1%} of the variance, and "
-        f"knowing which tokens they are gives a decoder FVU of {most.control:.3g} over all tokens"
-    ]
-
-
-def shared_nodes(circuits: Mapping[str, Circuit], found: Mapping[str, Circuit]) -> list[str]:
-    """Return, for every circuit, how many of its nodes its namesakes have too, as a note each.
-
-    A nonsense twin has the same contexts, so its circuit must read the same difference between
-    them; where it shares nodes, it carries what the circuit carries.
-    """
-    notes = []
-    for name, circuit in circuits.items():
-        counts = {}
-        for other, namesake in found.items():
-            if other == f"{name}:nonsense":
-                cut = at_size(namesake, circuit, exactly=True)
-                counts[f"the first {len(cut)} of its nonsense twin's circuit"] = len(circuit & cut)
-            elif ":nonsense" not in other and other != name:
-                counts[f"the circuit for {other}"] = len(circuit & namesake)
-        shared = ", ".join(f"{n} with {whose}" for whose, n in counts.items() if n)
-        if shared:
-            notes.append(f"{name}: of its {len(circuit)} nodes it shares {shared}")
-    return notes
 
 
 def write_report(run: Run, report: Report) -> list[Path]:

@@ -245,9 +245,10 @@ def parse() -> argparse.Namespace:
         with_flags(PRESETS[args.preset or "small"], args)
     except ValueError as error:
         p.error(str(error))
-    for name in ("memory", "hours", "threads", "processes"):
-        if getattr(args, name) is not None and not getattr(args, name) > 0:
-            p.error(f"--{name} {getattr(args, name)} must be above 0")
+    for name, least in {"memory": 0, "hours": 0, "threads": 1, "processes": 1}.items():
+        value = getattr(args, name)
+        if value is not None and (value < least or value == 0):
+            p.error(f"--{name} {value} must be {'at least 1' if least else 'above 0'}")
     for path in (Path(args.output_dir or "."), *Path(args.output_dir or ".").parents):
         if path.is_file():
             p.error(

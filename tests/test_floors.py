@@ -24,7 +24,7 @@ WINGS = {  # package: its wings (and files that stand beside them), ground floor
     "outlying | model | edit | traced | open",
     "bridges": "protocol losses | maps | planted training run_folder | "
     "cost transfer task_circuits | presets",
-    "evals": "scores | trials | claims report cache | evaluate | __main__",
+    "evals": "scores | trials | claims report cache notes | evaluate | __main__",
 }
 PACKAGES = tuple(WINGS)
 MAX_FILE, MAX_FUNCTION = 300, 45  # lines of code; docstrings, comments and blank lines are free

@@ -34,6 +34,9 @@ UNTRAINED = "untrained bridges"
 UNIGRAM = "unigram frequencies of the training text"
 UNIGRAM_SAME = "unigram frequencies of the same text"
 """The control in runs that did not keep the counts of their training text."""
+ON_CPU = 1e13
+"""Floating point operations that measuring the bridges may take on a CPU, a few minutes."""
+LEAST_BLOCKS = 4
 ONE_BIT = "a predictor that knows only which tokens are outlying"
 
 
@@ -186,6 +189,22 @@ def evaluate_bridge(
     data = _joined(parts)
     rows = [row for s in data.sites for row in _site_rows(data, s, seed)]
     return rows + _model_rows(data, control, seed)
+
+
+def affordable(run: Any, blocks: Int[Tensor, "block pos"]) -> Int[Tensor, "_ pos"]:
+    """Return the first held-out blocks on which the bridges are measured: on a GPU all of them.
+
+        n = ON_CPU / (T 2 (P + p) 4 (2 + S) / 2)       at least LEAST_BLOCKS
+
+    A block of T tokens passes through both models, of P and p parameters, with the trained bridges
+    and three sets of untrained ones, and on average through half of each for every one of S
+    bridges.
+    """
+    if run.dense.device.type != "cpu":
+        return blocks
+    parameters = run.dense.model.num_parameters() + run.sparse.num_parameters()
+    of_one = blocks.shape[1] * 4 * parameters * (2 + len(run.bridges.config.sites))
+    return blocks[: max(LEAST_BLOCKS, int(ON_CPU / of_one))]
 
 
 def untrained(bridges: BridgeSet, seed: int) -> BridgeSet:

@@ -110,7 +110,7 @@ def _steps(
     config, accelerator, step = run.config, run.accelerator, run.resume()
     bar = _bar(config.steps, step, accelerator)
     with bar, stop_requests() as stop:
-        missed = step and _due(step, config) and not run.evaluated(step)
+        missed = step and _due(step, config) and run.alone and not run.evaluated(step)
         if evaluate and missed and not _evaluate(run, wrapped, step, evaluate, stop):
             return _said(stop, step)
         stream = iter(run.batches)

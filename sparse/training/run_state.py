@@ -197,12 +197,10 @@ class RunState:
         return self.accelerator.num_processes == 1
 
     def evaluated(self, step: int) -> bool:
-        """Return whether the log has the evaluation of a step."""
+        """Return whether the log has the evaluation of a step, or there is no log that could."""
         path = self.folder / "log.jsonl"
-        if not path.exists():
-            return False
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        return any(line["step"] == step and "loss/total" not in line for line in lines)
+        lines = [json.loads(x) for x in path.read_text().splitlines()] if path.exists() else []
+        return not lines or any(line["step"] == step and "loss/total" not in line for line in lines)
 
     def _same_run(self, saved: dict, folder: Path) -> None:
         mine = self.identity

@@ -13,6 +13,7 @@ import torch
 import evals
 from bridges import BridgeConfig, BridgeSet, save_run
 from evals.__main__ import main
+from evals.claims.bridge import affordable
 from evals.evaluate import evaluate_run, write_report
 from evals.report.replay import differences
 from evals.report.report import Report
@@ -187,3 +188,18 @@ def test_the_face_gives_what_it_names():
     assert evals.__sparse_bridges__ == "evals"
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = evals.nothing
+
+
+def test_on_a_cpu_the_bridges_of_a_large_model_are_measured_on_fewer_blocks(run, monkeypatch):
+    blocks = run.heldout()
+    assert torch.equal(affordable(run, blocks), blocks)  # the built-in pair: all of them
+    sizes = run.dense.model.num_parameters() + run.sparse.num_parameters()
+    sites = len(run.bridges.config.sites)
+    one = 2 * blocks.shape[1] * sizes * 4 * (2 + sites) / 2  # by hand: multiply and add
+    monkeypatch.setattr("evals.claims.bridge.ON_CPU", 5.5 * one)
+    assert torch.equal(affordable(run, blocks), blocks[:5])
+    monkeypatch.setattr("evals.claims.bridge.ON_CPU", 0.0)
+    assert len(affordable(run, blocks)) == 4
+    report = evaluate_run(run, tasks=[], facts=False)
+    assert report.sections["Bridges"][0].n == 4
+    assert any("the first 4 of" in note for note in report.notes)

@@ -15,7 +15,7 @@ from typing import Any
 from sparse.circuits.circuit import Circuit
 from sparse.storage.atomic import replace_files
 
-VERSION = 1
+VERSION = 2
 """Raised whenever a measurement changes its meaning, so that nothing old is taken for it."""
 
 

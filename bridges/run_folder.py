@@ -23,6 +23,7 @@ from pathlib import Path
 from platform import python_version
 from typing import Any
 
+import torch
 from jaxtyping import Int
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -205,9 +206,8 @@ def save_run(
     bridges.dense_fingerprint = dense.fingerprint
     bridges.sparse_fingerprint = sparse.fingerprint()
     bridges.save(folder / "bridges")
-    if token_counts is None:
-        token_counts = count_tokens(means_from, dense.vocab_size, prefix)
-    texts = {"blocks": heldout.contiguous(), "token_counts": token_counts}
+    texts = {"blocks": heldout.contiguous()}
+    texts |= {"token_counts": _counts(token_counts, means_from, dense.vocab_size, prefix)}
     replace_files(folder, {"heldout.safetensors": save(texts)})
     manifest = {
         "schema_version": SCHEMA_VERSION,
@@ -223,6 +223,19 @@ def save_run(
     }
     replace_files(folder, {"manifest.json": json.dumps(manifest, indent=1)})
     return load_run(folder, dense)
+
+
+def _counts(
+    given: Tensor | None, text: Tensor, vocab_size: int, prefix: tuple[int, ...]
+) -> Int[Tensor, " vocab"]:
+    """Return the counts of all tokens of the dense model, those that the tokenizer lacks as 0."""
+    counts = count_tokens(text, vocab_size, prefix) if given is None else given
+    if len(counts) > vocab_size:
+        raise ValueError(
+            f"save_run: token_counts has {len(counts)} tokens and the dense model {vocab_size}; "
+            "count with the dense model's own tokenizer"
+        )
+    return torch.nn.functional.pad(counts, (0, vocab_size - len(counts)))
 
 
 def load_run(folder: str | Path, dense: DenseModel | str | None = None) -> Run:

@@ -100,8 +100,10 @@ def show_plan(args, preset, dense, accelerator):
     sizes = dict(batch=preset.batch, length=preset.length, text_tokens=tokens, evaluated=EVALUATED)
     sizes["processes"] = accelerator.num_processes
     design = preset.build(dense, args.output_dir, **training(args))  # the probe changes it
-    with perhaps_compiled(args, dense, design.sparse):
-        probed = time_steps(dense, *design, preset.batch, preset.length, accelerator)
+    probed = None  # the speed of a GPU that is not here cannot be measured
+    if not args.memory:
+        with perhaps_compiled(args, dense, design.sparse):
+            probed = time_steps(dense, *design, preset.batch, preset.length, accelerator)
     planned = plan(dense, *design, **sizes, step_time=probed)
     if args.hours and (steps := planned.steps_within(args.hours)):
         preset = replace(preset, steps=max(1, steps))

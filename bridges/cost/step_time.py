@@ -9,6 +9,7 @@ predicts a step of many.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -206,7 +207,9 @@ def _try(
     device, short = accelerator.device, _short(config)
     module = Cotraining(dense, sparse, bridges, short).to(device)
     ids = torch.randint(dense.vocab_size, (sequences * short.train.accumulate, length))
-    batches = _Clocked(ids, device, 1 + TIMED, seconds / 4)
+    # several processes must all take the same number of steps, whatever their clocks say
+    enough = seconds / 4 if accelerator.num_processes == 1 else math.inf
+    batches = _Clocked(ids, device, 1 + TIMED, enough)
 
     def at_the_end(step: int) -> dict[str, float]:
         return module.sparsifier.project(short.train.steps)  # the twin's final density

@@ -265,3 +265,16 @@ def test_the_built_in_run_opens_and_is_only_read(monkeypatch, tmp_path):
     fewer.save(run.circuit_folder("single_double_quote"))
     assert (tmp_path / "runs/tiny/circuits/single_double_quote/circuit.json").is_file()
     assert len(load_run("tiny").circuits()["single_double_quote"]) == 5
+
+
+def test_counts_of_a_smaller_tokenizer_fit_a_model_with_more_rows(tmp_path):
+    run = load_run("tiny")
+    blocks, vocab = run.heldout()[:4], run.dense.vocab_size
+    counts = torch.arange(vocab - 5)
+    text = dict(heldout=blocks, means_from=blocks, facts={})
+    saved = save_run(tmp_path, run.dense, run.sparse, run.bridges, **text, token_counts=counts)
+    found = saved.token_counts()
+    assert torch.equal(found[:-5], counts) and (found[-5:] == 0).all() and len(found) == vocab
+    with pytest.raises(ValueError, match=f"token_counts has {vocab + 1} tokens"):
+        too_many = torch.zeros(vocab + 1, dtype=torch.long)
+        save_run(tmp_path, run.dense, run.sparse, run.bridges, **text, token_counts=too_many)

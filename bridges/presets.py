@@ -93,7 +93,7 @@ class Preset:
         'demo'
         """
         if dense.model.num_parameters() < SMALL:
-            return PRESETS["demo" if getattr(dense, "name", "") == "tiny" else "small"]
+            return PRESETS["demo" if dense.name == "tiny" else "small"].within(dense)
         import torch
 
         if memory is None and not torch.cuda.is_available():
@@ -159,27 +159,27 @@ class Preset:
 
         prefix = prefix_ids(dense.tokenizer)
         width = max(HEAD, int(self.expansion * dense.d_resid) // HEAD * HEAD)
-        if torch.get_default_device().type != "meta":
-            torch.manual_seed(self.seed)
-        sparse = SparseGPT(
-            SparseGPTConfig(
-                vocab_size=dense.vocab_size,
-                hidden_size=width,
-                intermediate_size=4 * width,
-                num_hidden_layers=self.twin_layers or dense.n_layers,
-                num_attention_heads=width // HEAD,
-                head_dim=HEAD,
-                max_position_embeddings=max(256, self.length),
-                positions="learned",
-                bos_token_id=prefix[0] if len(prefix) == 1 else None,  # where a generation begins
-                eos_token_id=dense.tokenizer.eos_token_id,
-            )
+        shape = SparseGPTConfig(
+            vocab_size=dense.vocab_size,
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_hidden_layers=self.twin_layers or dense.n_layers,
+            num_attention_heads=width // HEAD,
+            head_dim=HEAD,
+            max_position_embeddings=max(256, self.length),
+            positions="learned",
+            bos_token_id=prefix[0] if len(prefix) == 1 else None,  # where a generation begins
+            eos_token_id=dense.tokenizer.eos_token_id,
         )
+        with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
+            torch.manual_seed(self.seed)
+            sparse = SparseGPT(shape)
+            k = max(1, round(self.encoder_k * width))
+            maps = BridgeConfig.between(dense, sparse, k=k, sites=dict(self.sites))
+            bridges = BridgeSet(maps, seed=self.seed)
         config = self.training(folder, **train)
         config.sparsity.check(sparse)
-        k = max(1, round(self.encoder_k * width))
-        shape = BridgeConfig.between(dense, sparse, k=k, sites=dict(self.sites))
-        return Design(sparse, BridgeSet(shape, seed=self.seed), config)
+        return Design(sparse, bridges, config)
 
     def training(self, folder: str, **train: Any) -> CotrainConfig:
         """Return the configuration of the training."""

@@ -21,6 +21,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from .model import DenseModel
+from .outlying import lengths
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -212,8 +213,7 @@ def _within(limit: float, h: Tensor, delta: Tensor) -> Tensor:
     """Return `delta`, with 0 where the residual `h` is longer than `limit`."""
     if math.isinf(limit):
         return delta
-    long = h.norm(dim=-1, dtype=torch.promote_types(h.dtype, torch.float32)) > limit
-    return torch.where(long[..., None], 0.0, delta)
+    return torch.where((lengths(h) > limit)[..., None], 0.0, delta)
 
 
 def _broadcasts(shape: Sequence[int], onto: Sequence[int]) -> bool:

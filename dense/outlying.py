@@ -1,5 +1,6 @@
 """Attention sinks: the tokens whose residual is many times as long as that of the others."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,18 @@ class Outlying:
     """Share of the variance that is gone when they are left out."""
 
 
+def lengths(h: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
+    """Return |h| of every token, in float32 or better."""
+    return h.norm(dim=-1, dtype=torch.promote_types(h.dtype, torch.float32))
+
+
+def limit_of(h: Float[Tensor, "*batch d"], times: float = TIMES) -> float:
+    """Return `times` the median of |h|; infinity where no token is longer, or `times` is 0."""
+    long = lengths(h).flatten()
+    limit = times * float(long.median())
+    return limit if times > 0 and bool((long > limit).any()) else math.inf
+
+
 @torch.no_grad()
 def outlying_tokens(
     dense: Any, ids: Int[Tensor, "batch pos"], times: float = TIMES
@@ -39,8 +52,7 @@ def outlying_tokens(
     found = []
     for site, h in enumerate(dense.residuals(ids)):
         flat = h.flatten(0, 1).double()
-        long = flat.norm(dim=-1)
-        out = long > times * long.median()
+        out = lengths(h).flatten() > limit_of(h, times)
         if out.any():
             left = 1 - spread(flat[~out]) / spread(flat)
             found.append(Outlying(site=site, tokens=float(out.double().mean()), variance=left))

@@ -144,6 +144,9 @@ def test_the_main_job_is_two_lines_in_a_notebook():
     assert config.train.folder == "runs/mine" and config.lr == PRESETS["demo"].lr
     again = Preset.for_model(dense).build(dense)
     assert again.sparse.fingerprint() == twin.fingerprint()  # the seed fixes the start
+    before = torch.get_rng_state()
+    Preset.for_model(dense).build(dense)
+    assert torch.equal(torch.get_rng_state(), before)  # and the caller's draws go on
 
 
 def test_as_many_steps_are_planned_as_fit_into_the_hours(folder, tmp_path, monkeypatch, capsys):

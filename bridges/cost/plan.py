@@ -93,11 +93,8 @@ class Plan:
         None where no speed was measured (`step_time`).
         """
         of_step = self.batch * self.length
-        seconds = (
-            self.step_time.of(of_step * (1 + self.validated / self.tokens))
-            if (self.step_time)
-            else None
-        )
+        passed = of_step * (1 + self.validated / self.tokens)  # tokens of a step, and evaluated
+        seconds = self.step_time.of(passed) if self.step_time else None
         return None if seconds is None else seconds * (tokens or self.tokens) / of_step / 3600
 
     @property

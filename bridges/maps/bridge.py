@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 from bridges.losses.moments import Moments
 from bridges.protocol import ResidualModel, fingerprint
+from dense.outlying import TIMES, lengths, limit_of
 from sparse.ops.abs_topk import abs_topk
 from sparse.storage.checkpoint import read_folder, write_folder
 from sparse.storage.records import checked
@@ -78,7 +79,7 @@ class BridgeConfig:
     """The sparse site of each bridge, ascending too, so that no two bridges share one. By default
     the partners that `even_sites` gives: the same numbers where both models have equally many
     sites."""
-    outlying: float = 4.0
+    outlying: float = TIMES
     """m: how many times as long as the median of its site a residual must be for its token to be
     outlying there. 0: no token is."""
 
@@ -127,7 +128,7 @@ class BridgeConfig:
         k: int,
         sites: Mapping[int, int] | tuple[int, ...] = (),
         sparse_sites: tuple[int, ...] = (),
-        outlying: float = 4.0,
+        outlying: float = TIMES,
     ) -> BridgeConfig:
         """Return the config for bridges between two models, of whatever depths and widths.
 
@@ -298,10 +299,7 @@ class BridgeSet(nn.Module):
     def set_limits(self, residuals: Sequence[Float[Tensor, "batch pos d_dense"]]) -> None:
         """Set limit_s = m * median |h_s|, or infinity where no token of these is longer."""
         for i, site in enumerate(self.config.sites):
-            long = lengths(residuals[site]).flatten()
-            limit = self.config.outlying * long.median()
-            seen = self.config.outlying > 0 and bool((long > limit).any())
-            self.limit[i] = limit if seen else math.inf
+            self.limit[i] = limit_of(residuals[site], self.config.outlying)
 
     @torch.no_grad()
     def moments(self, residuals: Sequence[Float[Tensor, "batch pos d_dense"]]) -> list[Moments]:
@@ -373,11 +371,6 @@ class BridgeSet(nn.Module):
                 "restore the folder, or train again"
             ) from error
         return bridges
-
-
-def lengths(h: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
-    """Return |h| of every token, in float32 or better."""
-    return h.norm(dim=-1, dtype=torch.promote_types(h.dtype, torch.float32))
 
 
 def through(

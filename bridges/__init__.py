@@ -12,7 +12,10 @@ if TYPE_CHECKING:
     from .maps.bridge import BridgeConfig, BridgeSet
     from .maps.site_map import even_sites, fit_sites
     from .planted import PlantedPair, plant_pair
-    from .presets import PRESETS, Design, Preset, add_flags, preset_table, with_flags
+    from .presets.flags import add_flags, preset_table, with_flags
+    from .presets.planned import planned
+    from .presets.preset import PRESETS, Design, Preset
+    from .presets.text import RunText, read_text
     from .run_folder import Run, load_run, save_run
     from .task_circuits import choose_tasks, find_circuits
     from .training.config import CotrainConfig, LossWeights
@@ -38,6 +41,7 @@ __all__ = [
     "PRESETS",
     "Preset",
     "Run",
+    "RunText",
     "Steering",
     "StepTime",
     "add_flags",
@@ -51,7 +55,9 @@ __all__ = [
     "map_circuit",
     "plan",
     "plant_pair",
+    "planned",
     "preset_table",
+    "read_text",
     "save_run",
     "time_steps",
     "validate",
@@ -77,12 +83,15 @@ _HOME = {
     "validate": "training.validate",
     "validation_sequences": "training.validate",
     "PlantedPair": "planted",
-    "Design": "presets",
-    "add_flags": "presets",
-    "preset_table": "presets",
-    "with_flags": "presets",
-    "PRESETS": "presets",
-    "Preset": "presets",
+    "Design": "presets.preset",
+    "add_flags": "presets.flags",
+    "preset_table": "presets.flags",
+    "with_flags": "presets.flags",
+    "PRESETS": "presets.preset",
+    "Preset": "presets.preset",
+    "planned": "presets.planned",
+    "RunText": "presets.text",
+    "read_text": "presets.text",
     "plant_pair": "planted",
     "Run": "run_folder",
     "load_run": "run_folder",

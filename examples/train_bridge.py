@@ -15,203 +15,120 @@ take and writes nothing. The presets, of which every value has a flag:
 """
 
 import argparse
-import os
 import sys
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-EVALUATED = 16  # held-out sequences scored at a time, at most
-
 
 def main() -> None:
     args = parse()
-    from bridges import choose_tasks
-
-    choose_tasks(args.tasks or ())  # an unknown one is told before anything is loaded
     accelerator, dense, preset = prepare(args)
     if args.plan or preset.stream or args.hours:
-        planned, preset = show_plan(args, preset, dense, accelerator)
-        accelerator.print(planned)
+        preset = tell_plan(args, preset, dense, accelerator)
     if not args.plan:
-        if accelerator.is_main_process:
-            tell_tasks(preset, dense, accelerator.print)
+        tell_tasks(preset, dense, accelerator)
         run = train_pair(args, preset, dense, accelerator)
         if accelerator.is_main_process:
-            prune_circuits(preset, run, accelerator.print)
-            report(preset, run, accelerator.print)
+            prune_circuits(preset, run)
+            report(preset, run)
     accelerator.end_training()
 
 
 def prepare(args):
     """Meet the other processes of the launch, open the dense model, choose the preset."""
-    import torch
-    from accelerate import Accelerator, PartialState
-    from accelerate.utils import parse_flag_from_env
-
-    from dense import DenseModel
-    from sparse import check_processes
-
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
-    check_processes(args.processes, state.num_processes)
-    share = (os.cpu_count() or 1) // state.num_processes
-    torch.set_num_threads(args.threads or max(1, share))  # accelerate launch would leave one
-    threads = torch.get_num_threads()
-    state.print(f"{state.num_processes} process(es) on {state.device}, {threads} threads each")
-    dense = DenseModel.from_pretrained(args.dense)
-    if dense.tokenizer is None:
-        raise ValueError(
-            f"{args.dense} has no tokenizer; tokenizer.save_pretrained beside the weights"
-        )
-    preset = chosen(args, dense, state.num_processes)
-    state.print(dense.describe(sample(dense, preset.length)))
-    return Accelerator(mixed_precision=preset.mixed_precision), dense, preset
-
-
-def chosen(args, dense, processes=1):
-    """The preset that was named or is the model's, with what the flags change."""
     from bridges import PRESETS, Preset, with_flags
+    from dense import DenseModel
+    from sparse import first_blocks, launched, stream_corpus
 
+    state = launched(args.processes, args.threads)
+    dense = DenseModel.from_pretrained(args.dense)
     memory = args.memory * 1e9 if args.memory else None
     preset = PRESETS[args.preset] if args.preset else Preset.for_model(dense, memory)
     preset = with_flags(preset, args)
-    preset.check(dense, processes)
+    preset.check(dense, state.num_processes)
     args.output_dir = args.output_dir or f"runs/{Path(args.dense).name}-{preset.name}"
-    return preset
+    some = first_blocks(stream_corpus(), dense.tokenizer, min(64, preset.length), 8, "train")
+    state.print(dense.describe(some))
+    return preset.accelerator(), dense, preset
 
 
-def sample(dense, length):
-    """A little text of Python's own sources, to look at the dense model."""
-    from sparse import first_blocks, stream_corpus
-
-    return first_blocks(stream_corpus(), dense.tokenizer, min(64, length), 8, "train")
-
-
-def show_plan(args, preset, dense, accelerator):
-    """Probe the step; return the plan (of a run's start one line), and the preset that it is of."""
-    from bridges import plan, time_steps
+def tell_plan(args, preset, dense, accelerator):
+    """Say what the run would take, in a line where it starts; return what fits into the hours."""
+    from bridges import planned
     from sparse import estimated_tokens, load_corpus
 
     tokens = 0  # kept on disk
     if args.plan and not preset.stream:
         tokens = estimated_tokens(load_corpus(args.dataset), dense.tokenizer, preset.length)
-    sizes = dict(batch=preset.batch, length=preset.length, text_tokens=tokens, evaluated=EVALUATED)
-    sizes["processes"] = accelerator.num_processes
-    design = preset.build(dense, args.output_dir, **training(args))  # the probe changes it
-    probed = None  # the speed of a GPU that is not here cannot be measured
-    if not args.memory:
-        with perhaps_compiled(args, dense, design.sparse):
-            probed = time_steps(dense, *design, preset.batch, preset.length, accelerator)
-    planned = plan(dense, *design, **sizes, step_time=probed)
-    if args.hours and (steps := planned.steps_within(args.hours)):
-        preset = replace(preset, steps=max(1, steps))
-        design = design._replace(config=preset.training(args.output_dir, **training(args)))
-        planned = plan(dense, *design, **sizes, step_time=probed)
+    how = dict(hours=args.hours, text_tokens=tokens, compile=args.compile, **training(args))
+    here = None if args.memory else accelerator  # a GPU that is not here cannot be timed
+    preset, plan = planned(preset, dense, here, **how)
     title = f"{preset.name} for {args.dense}"
     title += f" (--hours: to resume, give --steps {preset.steps} instead)" if args.hours else ""
-    return f"{title}\n{planned}" if args.plan else f"{title}: {planned.line()}", preset
+    accelerator.print(f"{title}\n{plan}" if args.plan else f"{title}: {plan.line()}")
+    return preset
 
 
 def training(args):
-    return dict(processes=args.processes, shard=args.shard)
+    return dict(folder=args.output_dir, processes=args.processes, shard=args.shard)
 
 
-def perhaps_compiled(args, dense, sparse):
-    """A context in which both models run compiled, if --compile asks for it."""
-    from bridges import compiled
-
-    return compiled(dense, sparse) if args.compile else nullcontext()
-
-
-def tell_tasks(preset, dense, say) -> None:
+def tell_tasks(preset, dense, accelerator) -> None:
     """Say before anything is trained what the dense model does of the tasks."""
     from bridges import choose_tasks
     from sparse import task_table
 
-    if not preset.tasks:
+    if not preset.tasks or not accelerator.is_main_process:
         return
     table = task_table(dense, tasks=choose_tasks(preset.tasks))
-    say(f"what the dense model does of the tasks:\n{table.brief()}")
+    print(f"what the dense model does of the tasks:\n{table.brief()}")
     if not table.does() and not preset.force:
-        say("it does none of them, so no circuit will be pruned; --force prunes anyway")
+        print("it does none of them, so no circuit will be pruned; --force prunes anyway")
 
 
 def train_pair(args, preset, dense, accelerator):
     """Co-train the twin and its bridges; the main process saves and returns the run."""
-    from bridges import cotrain, save_run, validation_sequences
+    from bridges import compiled, cotrain, read_text, save_run
 
-    say, folder = accelerator.print, args.output_dir
-    sparse, bridges, config = preset.build(dense, folder, **training(args))
-    say(f"twin: {sparse.num_parameters():,} parameters, {config.sparsity.density:.4f} kept")
-    batches, heldout, kept, data = read_text(args, preset, dense.tokenizer)
-    if len(heldout) < 2:
-        raise ValueError(
-            f"the held-out text of {data['name']} fills {len(heldout)} block of {preset.length} "
-            "tokens, and the report's errors need 2; give more text or a smaller --length"
-        )
-    say(f"text: {data['name']}, tokens for training: {data.get('tokens', 'as they are read')}")
-    per_pass = preset.batch // (accelerator.num_processes * preset.accumulate)
-    n = validation_sequences(config, len(bridges.config.sites), preset.batch)
-    parts = heldout[:n].split(min(EVALUATED, max(1, per_pass)))
-    with perhaps_compiled(args, dense, sparse):
-        cotrain(dense, sparse, bridges, batches, config, parts, accelerator)
+    say, folder = accelerator.print, Path(args.output_dir)
+    design = preset.build(dense, **training(args))
+    sparse, bridges, config = design
+    kept = design.kept_at_the_end()
+    say(f"twin: {sparse.num_parameters():,} parameters, {kept:,} of them kept at the end")
+    text = read_text(preset, dense.tokenizer, args.dataset, cache=folder.parent / "tokens")
+    tokens = text.facts.get("tokens", "as they are read")
+    say(f"text: {text.facts['name']}, tokens for training: {tokens}")
+    validation = design.validation(text.heldout, preset.batch, accelerator.num_processes)
+    with compiled(dense, sparse) if args.compile else nullcontext():
+        cotrain(dense, sparse, bridges, text.batches, config, validation, accelerator)
     if not accelerator.is_main_process:
         return None
     command = " ".join(["python", *sys.argv])
-    facts = {"data": data, "command": command, "arguments": vars(args) | asdict(preset)}
-    return save_run(folder, dense, sparse, bridges, heldout=heldout, facts=facts, **kept)
+    facts = {"data": text.facts, "command": command, "arguments": vars(args) | asdict(preset)}
+    return save_run(folder, dense, sparse, bridges, facts=facts, **text.kept())
 
 
-def read_text(args, preset, tokenizer):
-    """Batches, held-out blocks, what is kept of the training text, and what to say of the text."""
-    from sparse import (
-        Batches,
-        StreamingBatches,
-        count_tokens,
-        first_blocks,
-        load_corpus,
-        pack,
-        prefix_ids,
-        stream_corpus,
-    )
-
-    length, batch = preset.length, preset.batch
-    if preset.stream:
-        batches = StreamingBatches(stream_corpus(args.dataset), tokenizer, length, batch)
-        heldout = first_blocks(stream_corpus(args.dataset), tokenizer, length, 64)
-        train = first_blocks(stream_corpus(args.dataset), tokenizer, length, 256, "train")
-        name = args.dataset or "Python's own sources"
-        return batches, heldout, dict(means_from=train), {"name": name}
-    corpus = load_corpus(args.dataset)
-    cache = Path(args.output_dir).parent / "tokens"  # shared by the runs beside each other
-    train = pack(corpus.train, tokenizer, length, cache=cache)
-    heldout = pack(corpus.validation, tokenizer, length, cache=cache)[:64]
-    data = {"name": corpus.name, "fingerprint": corpus.fingerprint, "tokens": train.numel()}
-    counts = count_tokens(train, len(tokenizer), prefix_ids(tokenizer))
-    kept = dict(means_from=train[:256], token_counts=counts)
-    return Batches(train, batch, preset.seed), heldout, kept, data
-
-
-def prune_circuits(preset, run, say) -> None:
+def prune_circuits(preset, run) -> None:
     """Prune a circuit for every task that both models do, and one for its nonsense twin."""
     from bridges import choose_tasks, find_circuits
     from sparse import PruneConfig
 
     config = PruneConfig(n_steps=preset.prune_steps, seed=preset.seed)
-    find_circuits(run, choose_tasks(preset.tasks), config, force=preset.force, say=say)
+    find_circuits(run, choose_tasks(preset.tasks), config, force=preset.force)
 
 
-def report(preset, run, say) -> None:
+def report(preset, run) -> None:
     """Test everything beside its controls, print the table and what to do next."""
     from evals import evaluate_run, table, write_report
 
     quick, kept = preset.name == "smoke", run.output / "evaluated"
     result = evaluate_run(run, seed=preset.seed, quick=quick, cache=kept, progress=True)
     paths = write_report(run, result)
-    say(table(result))
-    say("\nwrote " + "\n      ".join(str(path) for path in paths))
+    print(table(result))
+    print("\nwrote " + "\n      ".join(str(path) for path in paths))
     again = f"python -m evals {run.folder}" + (" --quick" if quick else "")
     again += f" --seed {preset.seed}" if preset.seed else ""
     next_ = [
@@ -221,7 +138,7 @@ def report(preset, run, say) -> None:
     ]
     if run.circuits():
         next_ += [f"python examples/map_to_dense.py {run.folder}    edit the dense model yourself"]
-    say("\n  ".join(["next:", *next_]))
+    print("\n  ".join(["next:", *next_]))
 
 
 def parse() -> argparse.Namespace:
@@ -243,19 +160,19 @@ def parse() -> argparse.Namespace:
     p.add_argument("--shard", action="store_true", help="split the parameters among processes")
     add_flags(p)
     args = p.parse_args()
+    from bridges import choose_tasks  # not for --help, which should answer at once
+
     try:
         with_flags(PRESETS[args.preset or "small"], args)
-    except ValueError as error:
+        choose_tasks(args.tasks or ())  # an unknown one is told before anything is loaded
+        for name in ("memory", "hours", "threads", "processes"):
+            if (value := getattr(args, name)) is not None and value <= 0:
+                raise ValueError(f"--{name} {value} must be above 0")
+        for path in (Path(args.output_dir or "."), *Path(args.output_dir or ".").parents):
+            if path.is_file():
+                raise ValueError(f"--output_dir {args.output_dir}: {path} is a file; name a folder")
+    except (ValueError, OSError) as error:
         p.error(str(error))
-    for name, least in {"memory": 0, "hours": 0, "threads": 1, "processes": 1}.items():
-        value = getattr(args, name)
-        if value is not None and (value < least or value == 0):
-            p.error(f"--{name} {value} must be {'at least 1' if least else 'above 0'}")
-    for path in (Path(args.output_dir or "."), *Path(args.output_dir or ".").parents):
-        if path.is_file():
-            p.error(
-                f"--output_dir {args.output_dir}: {path} is a file; name a folder, or a new one"
-            )
     return args
 
 

@@ -44,7 +44,7 @@ from .text.pack import estimated_tokens, pack
 from .training.config import TrainConfig
 from .training.heldout import heldout_nats, unigram_nats
 from .training.pretrain import PretrainConfig, Pretraining, pretrain
-from .training.processes import check_processes
+from .training.processes import check_processes, launched
 from .training.recipes import gao2025
 from .training.sparsity import Anneal, SparsityConfig
 
@@ -71,6 +71,7 @@ __all__ = [
     "TrainConfig",
     "abs_topk",
     "check_processes",
+    "launched",
     "easier_nonsense",
     "estimated_tokens",
     "extract",

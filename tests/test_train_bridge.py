@@ -12,10 +12,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from bridges import PRESETS, Preset, cotrain, plan
+from bridges import PRESETS, Preset, StepTime, cotrain, plan, planned, read_text, with_flags
 from dense import DenseModel, tiny
 from dense.opening.load import TINY
 from sparse import StreamingBatches, first_blocks, load_corpus, pack, stream_corpus
@@ -125,10 +126,9 @@ def test_the_preset_follows_the_model_and_the_memory(monkeypatch):
 
 
 def test_flags_change_a_preset_and_what_cannot_be_is_refused(job):
-    names, args = job("--preset", "gpt2-12gb", "--no-stream", "--accumulate", "2", "--steps", "9")
-    preset = names.chosen(args, full_shape())
+    _, args = job("--preset", "gpt2-12gb", "--no-stream", "--accumulate", "2", "--steps", "9")
+    preset = with_flags(PRESETS[args.preset], args)
     assert preset == replace(PRESETS["gpt2-12gb"], stream=False, accumulate=2, steps=9)
-    assert args.output_dir == "runs/tiny-gpt2-12gb"
     with pytest.raises(
         ValueError, match="--batch 32 .* 1 process.* 3 passes; give a multiple of 3"
     ):
@@ -149,7 +149,18 @@ def test_the_main_job_is_two_lines_in_a_notebook():
     assert torch.equal(torch.get_rng_state(), before)  # and the caller's draws go on
 
 
-def test_as_many_steps_are_planned_as_fit_into_the_hours(folder, tmp_path, monkeypatch, capsys):
+def test_as_many_steps_are_planned_as_fit_into_the_hours(monkeypatch):
+    took = StepTime(device="a machine", sequences=2, length=128, seconds=3.0, fixed=1.0)
+    monkeypatch.setattr("bridges.presets.planned.time_steps", lambda *_: took)
+    whole, of_all = planned(PRESETS["smoke"], tiny(), Accelerator())
+    assert whole == PRESETS["smoke"] and of_all.hours() > 6 / 3600
+    for hours in (1.0, 3.0):
+        preset, found = planned(PRESETS["demo"], tiny(), Accelerator(), hours=hours)
+        assert found.steps == preset.steps and 0.96 * hours < found.hours() <= hours
+    assert planned(PRESETS["demo"], tiny(), hours=1.0)[0] == PRESETS["demo"]  # nothing is measured
+
+
+def test_the_hours_of_a_plan_are_met_by_what_it_says(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_text(tmp_path)
     flags = ["--dense", str(folder), "--dataset", "text", "--plan", "--hours", "0.01"]
@@ -160,7 +171,8 @@ def test_as_many_steps_are_planned_as_fit_into_the_hours(folder, tmp_path, monke
     said = capsys.readouterr().out
     lines = {line[:38].strip(): line[38:].strip() for line in said.splitlines()}
     hours = float(lines["hours for training and validation"])
-    assert 0.005 < hours <= 0.0105 and lines["optimizer steps"] != "3,000"
+    assert hours <= 0.0105 and lines["optimizer steps"] != "3,000"
+    assert float(lines["minutes of pruning a task, at most"]) > 0
 
 
 @pytest.mark.parametrize(
@@ -179,18 +191,17 @@ def test_a_flag_that_makes_no_sense_is_refused_with_what_would(flags, words, job
     assert job("--sites", "4:2,0:0")[1].sites == {0: 0, 4: 2}  # control
 
 
-def test_a_streamed_run_reads_what_streaming_batches_promise(job, tmp_path):
+def test_a_streamed_run_reads_what_streaming_batches_promise(tmp_path):
     write_text(tmp_path)
     text, tokenizer = tmp_path / "text", AutoTokenizer.from_pretrained(TINY)
-    names, args = job("--dataset", str(text), "--preset", "smoke", "--stream")
     preset = replace(PRESETS["smoke"], batch=4, length=16, stream=True)
-    batches, heldout, kept, data = names.read_text(args, preset, tokenizer)
-    train = kept["means_from"]
+    batches, heldout, train, counts, data = read_text(preset, tokenizer, str(text))
+    assert counts is None
     want = StreamingBatches(stream_corpus(text), tokenizer, 16, 4)
     for _, a, b in zip(range(3), batches, want, strict=False):
         assert torch.equal(a, b)
     state = json.loads(json.dumps(batches.state_dict()))
-    again = names.read_text(args, preset, tokenizer)[0]
+    again = read_text(preset, tokenizer, str(text)).batches
     again.load_state_dict(state)
     assert torch.equal(next(iter(again)), next(iter(want)))
     assert torch.equal(heldout, first_blocks(stream_corpus(text), tokenizer, 16, 64))
@@ -210,11 +221,11 @@ def test_a_streamed_run_cut_in_two_ends_with_the_weights_of_an_undisturbed_one(
         flags = ["--dense", str(folder), "--dataset", str(tmp_path / "text"), "--preset", "smoke"]
         flags += ["--stream", "--accumulate", "2", "--density", "0.5"]
         flags += ["--output_dir", str(tmp_path / name)]
-        names, args = job(*flags)
-        preset = names.chosen(args, dense)
+        _, args = job(*flags)
+        preset = with_flags(PRESETS[args.preset], args)
         sparse, bridges, config = preset.build(dense, args.output_dir)
-        batches = names.read_text(args, preset, dense.tokenizer)[0]
-        cotrain(dense, sparse, bridges, batches, config)
+        text = read_text(preset, dense.tokenizer, args.dataset)
+        cotrain(dense, sparse, bridges, text.batches, config)
         if cut:
             shutil.rmtree(tmp_path / name / "checkpoints" / "step-00000006")
         return torch.cat([p.detach().flatten() for p in sparse.parameters()])

@@ -76,6 +76,8 @@ class Plan:
     """What could not be counted, and why."""
     step_time: StepTime | None = None
     """A measurement on the device at hand, if one was made."""
+    pruning: float | None = None
+    """Seconds that pruning takes at most for a task: its circuit, and its nonsense twin's."""
 
     @property
     def tokens(self) -> int:
@@ -163,6 +165,8 @@ class Plan:
                 ("  hours for 1 B tokens", f"{billion:,.3g}"),
                 (f"  GB, {p.peak_of}", gb(p.peak or 0)),
             ]
+        if self.pruning is not None:
+            rows += [("  minutes of pruning a task, at most", f"{self.pruning / 60:,.3g}")]
         return rows + ([("  it did not hold", p.failed)] if p.failed else [])
 
 
@@ -183,6 +187,7 @@ def plan(
     text_tokens: int = 0,
     evaluated: int = 16,
     step_time: StepTime | None = None,
+    pruning: float | None = None,
 ) -> Plan:
     """Return what `cotrain` with these arguments would take, with batches of (batch, length).
 
@@ -190,7 +195,8 @@ def plan(
     `dense` only `model`, `n_sites`, `d_resid` and `vocab_size` are used. `text_tokens` is the
     number of tokens of text that the run keeps on disk as blocks, 0 if it streams its text.
     `evaluated` is the number of sequences in a validation batch, or those of a training pass where
-    these are fewer. Raises ValueError for a batch that processes and passes cannot share evenly.
+    these are fewer. `step_time` and `pruning` are measurements to be shown with it. Raises
+    ValueError for a batch that processes and passes cannot share evenly.
 
     >>> from bridges import BridgeConfig, BridgeSet, CotrainConfig, plan
     >>> from dense import tiny
@@ -229,6 +235,7 @@ def plan(
         validated=_validated(bridges, config, batch, length),
         unknown=unknown,
         step_time=step_time,
+        pruning=pruning,
     )
 
 
@@ -311,7 +318,7 @@ def _step(
     streams = n * entered  # how often every sequence ends in one direction
     ends = 3 * 4 * length * (d + streams * (d + d_dense))  # rows, put in order, their gradient
     at_once = min(max(MIN_ROWS, CHUNK // dense.vocab_size), int(rows * length * max(1, streams)))
-    head = sparse.lm_head.weight.nbytes + sum(
+    head = sum(p.nbytes for p in sparse.lm_head.parameters()) + sum(
         p.nbytes for name, p in sparse.named_parameters() if name == "bigram"
     )
     bytes_of = {

@@ -47,7 +47,7 @@ TRAINING_ONLY = ("use_cache", "initializer_range", "dropout", "position_dropout"
 TRAINING_ONLY += ("position_init", "position_sinusoids", "bigram_fixed", "bigram_freeze_last")
 # Fields that came later than the others: part of `architecture` only where not at their default.
 LATER = ("norm", "norm_bias", "layer_norm_eps", "linear_bias", "residual_activation")
-LATER += ("position_channels", "logits_bias")
+LATER += ("position_channels", "logits_bias", "embedding_width")
 
 
 # no_type_check: Hugging Face's __init__ takes any keyword; a checker of its signature takes fewer
@@ -123,8 +123,12 @@ class SparseGPTConfig(PreTrainedConfig):
     weights, and on what each sublayer writes, before AbsTopK."""
     initializer_range: float = 0.02
     use_cache: bool = True
+    embedding_width: int = 0
+    """Width of embeddings that are borrowed from another model, frozen, each behind a learned map
+    (`sparse.model.borrowed`, `SparseGPT.borrow_`). 0: the model has its own."""
     tie_word_embeddings: bool = False
-    """Whether embedding and unembedding are one matrix."""
+    """Whether embedding and unembedding are one matrix; of borrowed ones, whether the tables are.
+    """
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
@@ -161,6 +165,11 @@ class SparseGPTConfig(PreTrainedConfig):
             if not isinstance(getattr(self, name), bool):
                 value = getattr(self, name)
                 raise ValueError(f"SparseGPTConfig.{name}={value!r} must be true or false")
+        if not isinstance(self.embedding_width, int) or self.embedding_width < 0:
+            width = self.embedding_width
+            raise ValueError(
+                f"SparseGPTConfig.embedding_width={width!r} must be an integer, 0 or more"
+            )
         self._check_pairs()
 
     def _check_pairs(self) -> None:

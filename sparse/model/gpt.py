@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import GenerationMixin
 from transformers import initialization as init
@@ -38,6 +39,7 @@ from transformers.utils.generic import can_return_tuple
 
 from sparse.ops.abs_topk import AbsTopK
 
+from .borrowed import BorrowedEmbedding, BorrowedUnembedding, normed_table
 from .config import FINAL, LOCATIONS, SparseGPTConfig
 from .modes import compiled_sublayers
 from .residual import ResidualAccess
@@ -58,7 +60,12 @@ class SparseGPT(ResidualAccess, GenerationMixin):
         super().__init__(config)
         self.loss_type = "ForCausalLM"
         self.model = SparseGPTModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if isinstance(wte := self.model.wte, BorrowedEmbedding):
+            self._tied_weights_keys = {}  # where it ties, it ties the tables
+            tied = config.tie_word_embeddings
+            self.lm_head = BorrowedUnembedding(config, wte if tied else None)
+        else:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         square = torch.zeros(config.vocab_size, config.vocab_size) if config.bigram_table else None
         if config.bigram_fixed:
             self.register_buffer("bigram", square)
@@ -80,13 +87,16 @@ class SparseGPT(ResidualAccess, GenerationMixin):
         """Resize the vocabulary as in Hugging Face and return the new embedding.
 
         New rows are dense until the next projection. Raises ValueError for a model with a bigram
-        table or logit biases, which have entries per token that would not be resized.
+        table, logit biases or borrowed embeddings, which have entries per token that would not be
+        resized.
         """
         asked = new_num_tokens is not None or pad_to_multiple_of is not None
-        if asked and (self.bigram is not None or self.logits_bias is not None):
+        has = self.bigram is not None or self.logits_bias is not None
+        if asked and (has or self.config.embedding_width):
             raise ValueError(
                 f"SparseGPT: the vocabulary of {self.vocab_size} cannot be resized, because the "
-                "bigram table or the logit biases belong to it; train a model without them"
+                "bigram table, the logit biases or the borrowed embeddings belong to it; train a "
+                "model without them"
             )
         return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, **kwargs)
 
@@ -143,6 +153,37 @@ class SparseGPT(ResidualAccess, GenerationMixin):
             raise ValueError("SparseGPT with a bigram table needs input_ids, got inputs_embeds")
         padding = -1 if self.config.bigram_freeze_last else None
         return logits + F.embedding(ids[:, keep], self.bigram, padding_idx=padding)
+
+    @torch.no_grad()
+    def borrow_(
+        self,
+        embedding: Float[Tensor, "vocab embedding"],
+        unembedding: Float[Tensor, "vocab embedding"] | None = None,
+    ) -> None:
+        """Take over the rows of another model's embedding, and of its unembedding unless tied.
+
+        They are centred and scaled (`sparse.model.borrowed`) and are never trained. Raises
+        ValueError where the config asks for other shapes, or for no borrowed embeddings.
+
+        >>> config = SparseGPTConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1,
+        ...     embedding_width=24, tie_word_embeddings=True)
+        >>> model = SparseGPT(config)
+        >>> model.borrow_(torch.randn(50, 24))
+        >>> model(torch.tensor([[1, 2, 3]])).logits.shape
+        torch.Size([1, 3, 50])
+        """
+        c, tied = self.config, unembedding is None
+        want = (c.vocab_size, c.embedding_width)
+        given = {tuple(rows.shape) for rows in (embedding, unembedding) if rows is not None}
+        if not c.embedding_width or tied != c.tie_word_embeddings or given != {want}:
+            raise ValueError(
+                f"SparseGPT.borrow_: rows of {sorted(given)}, {'one table' if tied else 'two'}; "
+                f"embedding_width={c.embedding_width}, vocab_size={c.vocab_size} and "
+                f"tie_word_embeddings={c.tie_word_embeddings} ask for other ones"
+            )
+        self.model.get_buffer("wte.table").copy_(normed_table(embedding))
+        if unembedding is not None:
+            self.get_buffer("lm_head.own").copy_(normed_table(unembedding))
 
     @contextmanager
     def compile_sublayers(self, **options: Any) -> Iterator[None]:

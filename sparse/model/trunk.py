@@ -19,6 +19,7 @@ from sparse.ops.abs_topk import AbsTopK
 from sparse.storage.hub import SavedModel
 
 from .blocks import Attention, Block, FixedPositions, SparseGPTWrite, make_norm, sinusoids
+from .borrowed import BorrowedEmbedding, MapIn
 from .config import SparseGPTConfig
 
 
@@ -56,6 +57,7 @@ class SparseGPTPreTrainedModel(SavedModel):
         """Initialise the weights of one module in place.
 
             W_o, W_proj             N(0, (initializer_range / sqrt(2L))^2)
+            M_in of borrowed ones   N(0, 0.3^2)
             other weights           N(0, initializer_range^2), 0.02 by default
             biases, sink logits     0
 
@@ -66,6 +68,8 @@ class SparseGPTPreTrainedModel(SavedModel):
         if isinstance(module, SparseGPTWrite):
             shrunk = self.config.initializer_range / (2 * self.config.num_hidden_layers) ** 0.5
             init.normal_(module.weight, 0.0, shrunk)
+        elif isinstance(module, MapIn):
+            init.normal_(module.weight, 0.0, module.START)
         elif isinstance(module, Attention) and module.sinks is not None:
             init.zeros_(module.sinks)
         elif isinstance(module, FixedPositions):
@@ -77,7 +81,10 @@ class SparseGPTModel(SparseGPTPreTrainedModel):
 
     def __init__(self, config: SparseGPTConfig) -> None:
         super().__init__(config)
-        self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
+        if config.embedding_width:
+            self.wte = BorrowedEmbedding(config)
+        else:
+            self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
         n_pos, width = config.max_position_embeddings, config.hidden_size
         self.beside = config.positions == "concatenated"
         make = FixedPositions if config.position_sinusoids else nn.Embedding

@@ -105,6 +105,11 @@ def write_config(config: SparseGPTConfig, tokenizer_name: str = "tinypython_2k")
             f"num_attention_heads={config.num_attention_heads} does not divide hidden_size="
             f"{config.hidden_size}, as the released format asks for"
         )
+    if config.embedding_width:
+        raise ValueError(
+            f"embedding_width={config.embedding_width}: the released format has no place for "
+            "borrowed embeddings; train the model with its own"
+        )
     _check_kept(config)
     return {
         "block_size": config.max_position_embeddings,

@@ -38,7 +38,7 @@ def heldout_nats(
     """
     world = accelerator.num_processes if accelerator else 1
     rank = accelerator.process_index if accelerator else 0
-    sums = torch.zeros(2, dtype=torch.float64, device=model.lm_head.weight.device)  # nats, tokens
+    sums = torch.zeros(2, dtype=torch.float64, device=model.device)  # nats, tokens
     with csr_products(model), mode(model, training=False):
         for i, ids in enumerate(batches):
             if i % world == rank:

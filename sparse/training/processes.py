@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.utils import parse_flag_from_env
 
 from .config import TrainConfig
 
@@ -108,6 +109,24 @@ def accelerator_for(config: TrainConfig, given: Accelerator | None) -> Accelerat
         )
     check_processes(config.processes, accelerator.num_processes)
     return accelerator
+
+
+def launched(processes: int | None = None, threads: int | None = None) -> PartialState:
+    """Meet the other processes of an `accelerate launch`, and share the CPU's threads with them.
+
+    Each process gets `threads`, by default its share of the cores; `accelerate launch` would leave
+    one. Raises ValueError where there are other than the asked `processes` (`check_processes`).
+
+    >>> from sparse import launched
+    >>> launched(threads=1).num_processes
+    1
+    """
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    check_processes(processes, state.num_processes)
+    torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // state.num_processes))
+    n = torch.get_num_threads()
+    state.print(f"{state.num_processes} process(es) on {state.device}, {n} threads each")
+    return state
 
 
 def check_processes(asked: int | None, world: int) -> None:

@@ -169,7 +169,8 @@ def budgets(model: SparseGPT, config: SparsityConfig) -> list[Budget]:
         elif isinstance(module, MLP):
             plan[id(module.fc.weight)] = (False, config.floor, 0)
             plan[id(module.proj.weight)] = (False, config.floor, 1)
-    plan[id(model.model.wte.weight)] = plan[id(model.lm_head.weight)] = (True, 0, 0)
+    for p in (*model.model.wte.parameters(), *model.lm_head.parameters()):
+        plan[id(p)] = (True, 0, 0)
     if model.model.wpe is not None:
         plan[id(model.model.wpe.weight)] = (False, 0, 0)
     if config.floor_axis == "rows":

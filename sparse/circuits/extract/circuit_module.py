@@ -39,7 +39,8 @@ Values = Mapping[str, Shaped[Tensor, " _"]]
 KNOWN = frozenset(  # fields of the config whose every value is computed here (`refuse_unknown`)
     "vocab_size hidden_size num_hidden_layers num_attention_heads head_dim intermediate_size "
     "max_position_embeddings activation activation_fraction activation_locations attention_sinks "
-    "bigram_table rms_norm_eps layer_norm_eps linear_bias logits_bias tie_word_embeddings".split()
+    "bigram_table rms_norm_eps layer_norm_eps linear_bias logits_bias tie_word_embeddings "
+    "embedding_width".split()
 )
 
 

@@ -78,11 +78,18 @@ def test_where_abstopk_does_not_act_sliced_is_the_masked_model_too(parts):
         assert (circuit(ids) - expected).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("parts", [{"linear_bias": False}, {"logits_bias": True}, TIED], ids=str)
+BORROWED = dict(embedding_width=24, tie_word_embeddings=True)
+
+
+@pytest.mark.parametrize(
+    "parts", [{"linear_bias": False}, {"logits_bias": True}, TIED, BORROWED], ids=str
+)
 def test_the_other_parts_of_the_released_models_are_computed_too(parts):
     model = made(**parts)
     if model.logits_bias is not None:
         torch.nn.init.normal_(model.logits_bias)
+    if model.config.embedding_width:
+        model.borrow_(torch.randn(50, 24))
     keep, values = drawn(model, 0.3)
     got = CircuitModule(model, keep, values)(texts())
     assert (got - of_the_masked_model(model, keep, values, texts())).abs().max() < 1e-12

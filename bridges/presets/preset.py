@@ -10,16 +10,21 @@ rates of `CotrainConfig`.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:  # presets are read by --help, which should answer at once
+    from accelerate import Accelerator
+    from jaxtyping import Float, Int
+    from torch import Tensor
+
     from bridges.maps.bridge import BridgeSet
     from bridges.training.config import CotrainConfig
     from sparse.model.gpt import SparseGPT
 
+EVALUATED = 16
+"""Held-out sequences that are scored at a time, at most."""
 HEAD = 16
 """Width of an attention head of the twin; its own width is a multiple of it."""
 SMALL = 20e6
@@ -34,6 +39,26 @@ class Design(NamedTuple):
     sparse: SparseGPT
     bridges: BridgeSet
     config: CotrainConfig
+
+    def kept_at_the_end(self) -> int:
+        """Return how many parameters of the twin may be nonzero at the end of the training."""
+        from bridges.cost.plan import nonzero_at_the_end
+
+        return nonzero_at_the_end(self.sparse, self.config)
+
+    def validation(
+        self, heldout: Int[Tensor, "block pos"], batch: int, processes: int = 1
+    ) -> list[Int[Tensor, "_ pos"]]:
+        """Return the batches that an evaluation scores: as many blocks as it has time for.
+
+        It gets at most a tenth of the training's time (`validation_sequences`). No batch is larger
+        than a training pass of one process.
+        """
+        from bridges.training.validate import validation_sequences
+
+        n = validation_sequences(self.config, len(self.bridges.config.sites), batch)
+        of_pass = batch // (processes * self.config.train.accumulate)
+        return list(heldout[:n].split(min(EVALUATED, max(1, of_pass))))
 
 
 def told(text: str, **default: Any) -> Any:
@@ -54,6 +79,10 @@ class Preset:
     sites: Mapping[int, int] = told(
         "which dense residual site is bridged to which sparse one: even, or D:S,D:S,...",
         default_factory=dict,
+    )
+    embeddings: Literal["own", "dense"] = told(
+        "own: the twin learns its own; dense: the dense model's, frozen behind a learned map",
+        default="own",
     )
     density: float = told("weights kept in the matrices; embeddings: 4 times that", default=1 / 16)
     encoder_k: float = told("entries an encoder keeps / the twin's width", default=1 / 4)
@@ -129,7 +158,11 @@ class Preset:
         return plan(dense, *design, self.batch, self.length).memory
 
     def check(self, dense: Any, processes: int = 1) -> None:
-        """Raise ValueError for a batch that cannot be shared, and for too long sequences."""
+        """Raise ValueError for a batch that cannot be shared, and for too long sequences.
+
+        And for a dense model without a tokenizer, which says how a text begins.
+        """
+        needs_tokenizer(dense)
         if self.batch % (processes * self.accumulate):
             raise ValueError(
                 f"--batch {self.batch} cannot be shared by {processes} process(es) in "
@@ -157,10 +190,14 @@ class Preset:
         from sparse.model.gpt import SparseGPT
         from sparse.ops.prefix import prefix_ids
 
+        needs_tokenizer(dense)
         prefix = prefix_ids(dense.tokenizer)
         width = max(HEAD, int(self.expansion * dense.d_resid) // HEAD * HEAD)
+        tables = embeddings_of(dense) if self.embeddings == "dense" else ()
         shape = SparseGPTConfig(
             vocab_size=dense.vocab_size,
+            embedding_width=tables[0].shape[1] if tables else 0,
+            tie_word_embeddings=len(tables) == 1,
             hidden_size=width,
             intermediate_size=4 * width,
             num_hidden_layers=self.twin_layers or dense.n_layers,
@@ -174,12 +211,20 @@ class Preset:
         with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
             torch.manual_seed(self.seed)
             sparse = SparseGPT(shape)
+            if tables:
+                sparse.borrow_(*tables)
             k = max(1, round(self.encoder_k * width))
             maps = BridgeConfig.between(dense, sparse, k=k, sites=dict(self.sites))
             bridges = BridgeSet(maps, seed=self.seed)
         config = self.training(folder, **train)
         config.sparsity.check(sparse)
         return Design(sparse, bridges, config)
+
+    def accelerator(self) -> Accelerator:
+        """Return an accelerator that computes in the preset's precision."""
+        from accelerate import Accelerator
+
+        return Accelerator(mixed_precision=self.mixed_precision)
 
     def training(self, folder: str, **train: Any) -> CotrainConfig:
         """Return the configuration of the training."""
@@ -205,6 +250,32 @@ class Preset:
             lr=self.lr,
             bridge_lr=self.bridge_lr,
         )
+
+
+def needs_tokenizer(dense: Any) -> None:
+    """Raise ValueError for a dense model without a tokenizer."""
+    if dense.tokenizer is None:
+        raise ValueError(
+            f"{dense.name} has no tokenizer; tokenizer.save_pretrained beside the weights"
+        )
+
+
+def embeddings_of(dense: Any) -> tuple[Float[Tensor, "vocab embedding"], ...]:
+    """Return the rows of a dense model's embedding and unembedding; one table where it ties them.
+
+    Raises ValueError where the two have different widths.
+    """
+    rows = dense.model.get_input_embeddings().weight, dense.model.get_output_embeddings().weight
+    if rows[0].data_ptr() == rows[1].data_ptr():
+        rows = rows[:1]
+    rows = tuple(table.detach()[: dense.vocab_size] for table in rows)
+    if len({table.shape for table in rows}) > 1:
+        shapes = [tuple(table.shape) for table in rows]
+        raise ValueError(
+            f"{dense.name}: its embedding and unembedding are {shapes}, and a twin borrows tables "
+            "of one shape; give --embeddings own"
+        )
+    return rows
 
 
 def positions_limit(dense: Any) -> int | None:
@@ -250,77 +321,3 @@ PRESETS: dict[str, Preset] = {
         _GPT2,
     )
 }  # fmt: skip
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add a flag for every field of a preset; without it the preset's own value holds.
-
-    >>> import argparse
-    >>> from bridges import PRESETS, add_flags, with_flags
-    >>> parser = argparse.ArgumentParser()
-    >>> add_flags(parser)
-    >>> with_flags(PRESETS["cpu"], parser.parse_args(["--steps", "9"])).steps
-    9
-    """
-    kinds = {"int": int, "int | None": int, "float": float}
-    for f in fields(Preset)[1:]:
-        how: dict[str, Any] = {"help": f.metadata["help"]}
-        if f.type == "bool":
-            how["action"] = argparse.BooleanOptionalAction
-        elif f.name == "mixed_precision":
-            how["choices"] = ["no", "bf16"]
-        elif f.name == "tasks":
-            how["nargs"] = "*"
-        else:
-            how["type"] = site_map if f.name == "sites" else kinds[str(f.type)]
-        parser.add_argument(f"--{f.name}", **how)
-
-
-def with_flags(preset: Preset, args: argparse.Namespace) -> Preset:
-    """Return the preset with what was given as flags; raise ValueError for what makes no sense.
-
-    >>> import argparse
-    >>> from bridges import PRESETS, add_flags, with_flags
-    >>> parser = argparse.ArgumentParser()
-    >>> add_flags(parser)
-    >>> with_flags(PRESETS["cpu"], parser.parse_args([])) == PRESETS["cpu"]
-    True
-    """
-    given = {f.name: getattr(args, f.name) for f in fields(Preset)[1:]}
-    given["tasks"] = None if given["tasks"] is None else tuple(given["tasks"])
-    return replace(preset, **{name: x for name, x in given.items() if x is not None})
-
-
-def site_map(text: str) -> dict[int, int]:
-    """Return {dense site: sparse site} of D:S,D:S,...; empty, which is the even map, for "even"."""
-    if text == "even":
-        return {}
-    pairs = [pair.split(":") for pair in text.split(",")]
-    if not all(len(pair) == 2 and all(map(str.isdecimal, pair)) for pair in pairs):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither even nor D:S,D:S,...; try 0:0,4:2")
-    if len({d for d, _ in pairs}) < len(pairs):
-        raise argparse.ArgumentTypeError(f"{text!r} names a dense site twice")
-    return {int(d): int(s) for d, s in pairs}
-
-
-def preset_table() -> str:
-    """Return the values of all presets, one column each: what holds where a flag is not given.
-
-    >>> from bridges import preset_table
-    >>> preset_table().splitlines()[1].split()
-    ['steps', '6', '500', '3000', '3000', '2000', '30000', '12000']
-    """
-    rows = [["", *PRESETS]]
-    for f in fields(Preset)[1:]:
-        rows.append([f.name, *(_shown(getattr(preset, f.name)) for preset in PRESETS.values())])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ("  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in rows)
-    return "\n".join(lines)
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, tuple):
-        return "quotes" if value == QUOTES else " ".join(value)
-    if value is None or value == {}:
-        return "even" if value == {} else "dense"
-    return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -166,7 +166,7 @@ def save_run(
     bridges: BridgeSet,
     *,
     heldout: Int[Tensor, "block pos"],
-    means_from: Int[Tensor, "block pos"],
+    means_from: Int[Tensor, "_ pos"],
     facts: dict[str, Any],
     token_counts: Int[Tensor, " vocab"] | None = None,
 ) -> Run:

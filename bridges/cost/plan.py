@@ -36,6 +36,8 @@ from .step_time import StepTime, rows_per_pass
 
 HELD_OUT = 64
 """Blocks of held-out text that a run keeps."""
+BORROWED = ("model.wte.table", "lm_head.own")
+"""Buffers of a twin that are another model's embeddings (`sparse.model.borrowed`)."""
 COPIES = 6
 """How many tensors as large as a chunk of logits exist at once: the logits of both models, log p,
 p, q and the gradient."""
@@ -51,6 +53,8 @@ class Plan:
     """Parameters of the twin that may be nonzero at the end: the budget of every projected tensor,
     and all entries of the others."""
     bridge_parameters: int
+    borrowed: int
+    """Entries of the embeddings that the twin has of the dense model, frozen."""
     steps: int
     """Optimizer steps."""
     batch: int
@@ -130,6 +134,7 @@ class Plan:
             ("  dense", f"{self.dense_parameters:,}"),
             ("  twin", f"{self.twin_parameters:,}"),
             ("  twin, kept at the end", f"{self.twin_nonzero:,}"),
+            *self._borrowed(),
             ("  bridges", f"{self.bridge_parameters:,}"),
             ("run", ""),
             ("  optimizer steps", f"{self.steps:,}"),
@@ -147,6 +152,10 @@ class Plan:
             *self._probed(),
         ]
         return "\n".join(f"{name:38}{value:>16}".rstrip() for name, value in rows)
+
+    def _borrowed(self) -> list[tuple[str, str]]:
+        rows = [("  embeddings borrowed by the twin", f"{self.borrowed:,}")]
+        return rows if self.borrowed else []
 
     def _probed(self) -> list[tuple[str, str]]:
         p = self.step_time
@@ -218,6 +227,7 @@ def plan(
         twin_parameters=count(sparse),
         twin_nonzero=nonzero_at_the_end(sparse, config),
         bridge_parameters=count(bridges),
+        borrowed=sum(b.numel() for n, b in sparse.named_buffers() if n in BORROWED),
         steps=train.steps,
         batch=batch,
         length=length,

@@ -25,7 +25,7 @@ class RunText(NamedTuple):
     batches: Batches | StreamingBatches
     """The training text, in batches of (batch, length)."""
     heldout: Int[Tensor, "block pos"]
-    means_from: Int[Tensor, "block pos"]
+    means_from: Int[Tensor, "_ pos"]
     """Blocks of training text for the means of nodes (`save_run`)."""
     token_counts: Int[Tensor, " vocab"] | None
     """How often each token is in the training text; None where the text is read as it is needed."""

@@ -65,6 +65,7 @@ def prepare(args):
         raise ValueError(
             f"{args.dense} has no tokenizer; tokenizer.save_pretrained beside the weights"
         )
+    dense.model.to(state.device)
     preset = chosen(args, dense, state.num_processes)
     state.print(dense.describe(sample(dense, preset.length)))
     return Accelerator(mixed_precision=preset.mixed_precision), dense, preset

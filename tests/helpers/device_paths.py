@@ -214,8 +214,9 @@ def transfer(device: str) -> Numbers:
     found = run.circuits()
     mapped = map_circuit(found[TASK], run.dense, run.bridges, sparse_model=run.sparse)
     few = dict(nonsense=found[f"{TASK}:nonsense"], draws=19, max_pairs=8, facts=False)
-    rows = evaluate_transfer(mapped, tokenizer=run.tokenizer, **few).rows
-    return {f"{row.key} {i}": float(row.value) for i, row in enumerate(rows)}
+    claims = evaluate_transfer(mapped, tokenizer=run.tokenizer, **few).claims
+    conditions = [c for claim in claims for c in claim.conditions]
+    return {c.key: float(c.value) for c in conditions} | {c.kind: c.value for c in claims}
 
 
 PATHS = (twin, dense, steps, cotraining, cotraining_bf16, pretraining, sites)

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 METHOD = ROOT / "docs" / "method.md"
 FOLDERS = ("sparse", "dense", "bridges", "evals", "examples", "benchmarks", "tests", "docs")
 PAGE = re.compile(r"[\w/.-]*\b[\w-]+\.md\b(?:#[\w-]+)?")
-WRITTEN = {"README.md", "report.md", "study.md"}  # names of files that the library writes
+WRITTEN = {"README.md", "report.md", "study.md", "gpu.md"}  # names of files that the library writes
 PAPER = re.compile(
     r"Gao et al\.\s+2025,\s+((?:section|sections|Appendix|Figure|Figures)\s+[A-Z]?[\d.]*\d)"
 )

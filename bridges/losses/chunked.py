@@ -20,6 +20,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from .quantities import unrounded
+
 CHUNK = 2**21  # logits that exist at once for one model: 8 MB in float32
 MIN_ROWS = 256  # rows (tokens) of logits in a chunk at least, however large the vocabulary
 
@@ -189,7 +191,8 @@ def _sweep(
             rooms = [logits.new_empty(n * size, dtype=dtype) for n in (1, widest)]
         log_p = _log_probs_in(rooms[1], logits)
         p = torch.exp(log_p, out=rooms[0][: log_p.numel()].view_as(log_p))
-        p_log_p = torch.einsum("tv,tv->t", p, log_p)
+        with unrounded(p):
+            p_log_p = torch.einsum("tv,tv->t", p, log_p)
         del logits
         chunk = _TargetChunk(a, p, p_log_p, job.ids[a:b], job.labels[a:b])
         for one in sums:
@@ -242,7 +245,9 @@ class _Sums:
         if s.ce:
             self.ce -= (q.gather(-1, label).squeeze(-1) * labelled).sum() / self.n_labelled
         if s.kl:
-            self.kl += (chunk.p_log_p[:m] - torch.einsum("tv,stv->st", p, q)).sum(-1) / self.n
+            with unrounded(p):
+                cross = torch.einsum("tv,stv->st", p, q)
+            self.kl += (chunk.p_log_p[:m] - cross).sum(-1) / self.n
         if not self.forming:
             return ()
         c_ce = self.c_ce * labelled.unsqueeze(-1)  # token 1

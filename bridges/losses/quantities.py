@@ -17,6 +17,15 @@ def log_probs(logits: Float[Tensor, "*batch vocab"]) -> Float[Tensor, "*batch vo
     return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
+def unrounded(x: Tensor) -> torch.autocast:
+    """Return a context in which products of tensors like `x` keep their own precision.
+
+    Under autocast they would be rounded to 16 bits, and a KL of 0.01 nats, which is a difference of
+    sums of several nats, would drown in that.
+    """
+    return torch.autocast(x.device.type, enabled=False)
+
+
 def kl_nats(
     target: Float[Tensor, "*batch vocab"], logits: Float[Tensor, "*batch vocab"]
 ) -> Float[Tensor, "*batch"]:
@@ -42,7 +51,8 @@ class _KL(torch.autograd.Function):
         p = log_p.exp()
         ctx.save_for_backward(p, log_q)
         ctx.dtype = logits.dtype
-        return torch.linalg.vecdot(p, log_p - log_q)
+        with unrounded(p):
+            return torch.linalg.vecdot(p, log_p - log_q)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -209,7 +209,7 @@ class Preset:
             eos_token_id=dense.tokenizer.eos_token_id,
         )
         with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
-            torch.manual_seed(self.seed)
+            torch.default_generator.manual_seed(self.seed)  # built on the CPU, wherever it trains
             sparse = SparseGPT(shape)
             if tables:
                 sparse.borrow_(*tables)

@@ -71,6 +71,11 @@ def drawn_first(positions: Int[Tensor, "batch drawn"], n_pos: int) -> Int[Tensor
     return (~taken).flatten().int().argsort(stable=True)
 
 
+def _sent(index: Tensor, like: Tensor) -> Tensor:
+    """Return `index` on the device of `like`, for which the host does not wait."""
+    return index.to(like.device, non_blocking=True)
+
+
 class Crossing(NamedTuple):
     """The residuals of a co-training step and where the hybrid passes ended."""
 
@@ -121,7 +126,7 @@ def run_passes(
         return Crossing(h, z, up, down, ordinary, None)
     rows: dict[int, Any] = dict.fromkeys(pairs, slice(None))
     if drawn is not None:
-        rows = {s: (drawn == s).nonzero()[:, 0].to(ids.device) for s in pairs}
+        rows = {s: _sent((drawn == s).nonzero()[:, 0], ids) for s in pairs}
     entered = {s: ids[rows[s]] for s in pairs if drawn is None or len(rows[s])}
     crossed = {s: None if mask is None else mask[rows[s]] for s, mask in ordinary.items()}
     entries = {s: up[s][rows[s]] for s in pairs}
@@ -165,7 +170,7 @@ def as_streams(
     at = torch.cat([(drawn == s).nonzero() for s in sites])  # (sequence, draw) of every row
     place = (at[:, 1] * len(drawn) + at[:, 0]).argsort()
     rows = torch.cat([ends[s] for s in sites])
-    return rows[place.to(rows.device)].view(drawn.shape[1], -1, rows.shape[-1])
+    return rows[_sent(place, rows)].view(drawn.shape[1], -1, rows.shape[-1])
 
 
 class CrossingLoss(NamedTuple):
@@ -204,7 +209,7 @@ def score_passes(
     tokens, n = ids.flatten(), ids.numel()
     order: Any = slice(None)
     if positions is not None:
-        order, n = drawn_first(positions, n_pos).to(ids.device), positions.numel()
+        order, n = _sent(drawn_first(positions, n_pos), ids), positions.numel()
     last, main = (x[-1].flatten(0, 1)[None, order] for x in (crossing.h, crossing.z))
     streams: dict[str, Stream] = {}
     if ce or kl:

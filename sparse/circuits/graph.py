@@ -55,7 +55,7 @@ def edges_of(model: SparseGPT, nodes: Nodes) -> list[Edge]:
                 w = w.chunk(3)[THIRDS.index(target)]
             a, b = f"{layer}.{source}", f"{layer}.{target}"
             ins, outs = nodes.get(a, ()), nodes.get(b, ())
-            block = w[list(outs)][:, list(ins)]
+            block = w[list(outs)][:, list(ins)].cpu()  # read at once, not edge by edge
             for j, i in block.nonzero().tolist():
                 edges.append(Edge(Node(a, ins[i]), Node(b, outs[j]), float(block[j, i])))
     return edges

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from bridges.losses.chunked import CHUNK, Stream, score_streams
-from bridges.losses.quantities import kl_nats
+from bridges.losses.quantities import kl_nats, log_probs
 
 
 def random(*shape, seed=0, scale=3.0, dtype=torch.float64):
@@ -156,3 +156,21 @@ def test_a_stream_that_nothing_weighs_costs_nothing_and_has_no_gradient():
     (a,) = score_streams(Stream(tail, h[:1]), [Stream(tail, h)], ids, ids, VOCAB)
     (a.kl + a.ce).backward()
     assert a.kl == a.ce == 0 and h.grad is not None and not h.grad.any()
+
+
+def test_under_autocast_the_kl_is_that_of_the_rounded_logits_and_is_not_rounded_again(scene):
+    """Both models compute in bfloat16; what is made of their logits is made in float32."""
+    heads = [random(VOCAB, WIDTH, seed=n).float() / 8 for n in (0, 1)]
+    target, h = (random(1, TOKENS, WIDTH, seed=n).float() for n in (1, 2))
+    p = (target[0].bfloat16() @ heads[0].bfloat16().T).float()
+    q = (h[0].bfloat16() @ heads[1].bfloat16().T).float()
+    want = kl_nats(p, q).mean()
+    with torch.autocast("cpu", torch.bfloat16):
+        tails = [lambda x, _, w=w: x @ w.T for w in heads]
+        (found,) = score_streams(
+            Stream(tails[0], target), [Stream(tails[1], h, kl=1.0)], scene[4], scene[5], VOCAB
+        )
+        again = kl_nats(p, q).mean()
+        rounded = torch.einsum("tv,tv->t", log_probs(p).exp(), log_probs(p) - log_probs(q)).mean()
+    assert abs(found.kl - want) < 1e-5 * want and abs(again - want) < 1e-6 * want
+    assert abs(rounded - want) > 1e-4 * want  # control: a product under autocast

@@ -171,7 +171,7 @@ def _unreachable(url: str) -> str | None:
 
 
 def refuse_unsuitable(model: Any) -> None:
-    """Raise SiteError for models that cannot be bridged, as their config or hooks already show."""
+    """Raise SiteError for models that cannot be bridged, as their config already shows."""
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "get_text_config"):
         raise SiteError(
@@ -182,9 +182,4 @@ def refuse_unsuitable(model: Any) -> None:
         raise SiteError(
             f"{config.model_type} ({type(model).__name__}) is not a causal language model with "
             "logits; open it with AutoModelForCausalLM"
-        )
-    if dispatched := [n for n, m in model.named_modules() if hasattr(m, "_hf_hook")]:
-        raise SiteError(
-            f"{config.model_type} was spread over devices by accelerate (hook on "
-            f"{dispatched[0] or 'the model'}); load it on one device, without device_map"
         )

@@ -45,6 +45,7 @@ def test_a_placed_model_is_the_model_bit_for_bit(placed, ids, family, way):
     h, y = dense.residuals_and_logits(ids)
     assert torch.equal(y, plain.logits(ids)) and torch.equal(dense.logits(ids), y)
     assert all(map(torch.equal, h, plain.residuals(ids)))
+    assert torch.equal(dense.hookable()(**dense.inputs(ids)).logits, y)
     some = torch.tensor([[0, 3], [9, 2], [4, 4]])
     assert torch.equal(dense.logits(ids, positions=some), plain.logits(ids, positions=some))
     towards = torch.randn(y.shape, generator=torch.Generator().manual_seed(0))

@@ -41,11 +41,11 @@ class DenseModel:
     Any loaded `PreTrainedModel` that generates text from one residual stream can be given. It is
     put into eval mode and its parameters stop requiring gradients: it is read, never trained.
     Nothing else on it is changed. It may be spread over devices or offloaded by accelerate: every
-    residual and logit returned is on the device of the ids, and what is given is moved to where
-    it is needed. When the model is opened its sites are found by probing it
-    (probe.py), and resuming at each of them is compared with the original (proof.py). What
-    `from_pretrained` opens is proven once and the proof kept (kept_proof.py). Raises SiteError,
-    with what was seen, if a site cannot be found or resuming there is not exact.
+    residual and logit returned is on the device of the ids, and what is given is moved to where it
+    is needed. When the model is opened its sites are found by probing it (probe.py), and resuming
+    at each of them is compared with the original (proof.py). What `from_pretrained` opens is proven
+    once and the proof kept (kept_proof.py). Raises SiteError, with what was seen, if a site cannot
+    be found or resuming there is not exact.
     """
 
     def __init__(

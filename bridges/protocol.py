@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -64,7 +65,9 @@ class FrozenModel(ResidualModel, Protocol):
     """A `ResidualModel` that is used in training but not itself trained, such as `DenseModel`."""
 
     model: Any
-    """The torch module inside, which `cotrain` moves to the device of the training."""
+    """The torch module inside."""
+
+    def to(self, device: torch.device | str) -> None: ...
 
     @property
     def fingerprint(self) -> str: ...

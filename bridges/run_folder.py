@@ -16,8 +16,10 @@ trained and measured on blocks that begin with it.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from platform import python_version
@@ -31,7 +33,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from bridges.maps.bridge import BridgeSet
-from dense import DenseModel
+from dense import DenseModel, config_of
 from sparse.circuits.circuit import Circuit
 from sparse.circuits.means import load_means, node_means, save_means
 from sparse.model.gpt import SparseGPT
@@ -47,13 +49,17 @@ PACKAGES = ("torch", "transformers", "accelerate", "nnsight", "safetensors", "sc
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """An opened run folder: both models, the bridges, the tokenizer. `load_run` makes it."""
+    """An opened run folder: both models, the bridges, the tokenizer. `load_run` makes it.
+
+    The dense model, which may be large, is opened when `dense` is first asked for.
+    """
 
     folder: Path
     """The folder that the run was read from."""
     output: Path
     """Where new circuits and reports go: `folder`, or runs/tiny for the built-in run."""
-    dense: DenseModel
+    open_dense: Callable[[], DenseModel]
+    """Returns the dense model, the same one at every call."""
     sparse: SparseGPT
     bridges: BridgeSet
     tokenizer: Any
@@ -62,13 +68,18 @@ class Run:
     """What manifest.json says: which dense model, which settings, data and versions."""
 
     @property
+    def dense(self) -> DenseModel:
+        """The dense model. Raises ValueError where it is not the one the run was trained with."""
+        return self.open_dense()
+
+    @property
     def prefix(self) -> tuple[int, ...]:
         """The tokens with which every block and every prompt of the run begins; often none."""
         return _prefix_of(self.manifest)
 
     def __repr__(self) -> str:
-        n = len(self.bridges.config.sites)
-        return f"Run({str(self.folder)!r}, dense {self.dense.name!r}, bridges at {n} sites)"
+        n, dense = len(self.bridges.config.sites), self.manifest["dense"]["name"]
+        return f"Run({str(self.folder)!r}, dense {dense!r}, bridges at {n} sites)"
 
     def circuits(self) -> dict[str, Circuit]:
         """Return the circuits saved in the run, by task name.
@@ -241,10 +252,11 @@ def _counts(
 def load_run(folder: str | Path, dense: DenseModel | str | None = None) -> Run:
     """Open a run folder and return its models, bridges and tokenizer.
 
-    `dense` is the dense model, or its name or folder; by default the one that the manifest names.
-    A dense model that is opened here gets the run's tokenizer, so that both models share it. The
-    folder "tiny" is the built-in run (its card: bridges/tiny_run/README.md), which is never written
-    to.
+    `dense` is the dense model, or its name or folder; by default the one that the manifest names,
+    which is opened when `Run.dense` is first asked for. A dense model that is opened here gets the
+    run's tokenizer, so that both models share it. One whose config shows that it does not fit is
+    refused before it is opened. The folder "tiny" is the built-in run (its card:
+    bridges/tiny_run/README.md), which is never written to.
 
     Raises ValueError where a file is missing or broken, and where the fingerprint of the dense
     model is not that of the model the bridges were trained with. Raises it too where the tokenizer
@@ -258,6 +270,41 @@ def load_run(folder: str | Path, dense: DenseModel | str | None = None) -> Run:
     """
     builtin = str(folder) == "tiny"
     folder = TINY if builtin else Path(folder)
+    manifest = _manifest(folder)
+    sparse, tokenizer = _twin(folder / "sparse")
+    _check_own_tokenizer(folder, tokenizer, _prefix_of(manifest))
+    bridges = BridgeSet.load(folder / "bridges")
+    bridges.check_sparse(sparse)
+
+    @cache
+    def open_dense() -> DenseModel:
+        if isinstance(dense, DenseModel):
+            check_prefix(folder, dense)
+            opened = dense
+        else:
+            name = dense or manifest["dense"]["name"]
+            bridges.check_dense_config(config_of(name), sparse)
+            opened = DenseModel.from_pretrained(name)
+            opened.tokenizer = tokenizer
+        bridges.check_dense(opened)
+        return opened
+
+    if dense is not None:
+        device = open_dense().device
+        sparse, bridges = sparse.to(device), bridges.to(device)  # pyright: ignore
+    return Run(
+        folder=folder,
+        output=Path("runs/tiny") if builtin else folder,
+        open_dense=open_dense,
+        sparse=sparse,
+        bridges=bridges,
+        tokenizer=tokenizer,
+        manifest=manifest,
+    )
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """Return what the manifest of a run says. Raises ValueError where it cannot be read."""
     path = folder / "manifest.json"
     if not path.is_file():
         raise ValueError(
@@ -273,24 +320,7 @@ def load_run(folder: str | Path, dense: DenseModel | str | None = None) -> Run:
             f"{path} has schema version {found}, this library reads {SCHEMA_VERSION}; update the "
             "library or train again"
         )
-    sparse, tokenizer = _twin(folder / "sparse")
-    _check_own_tokenizer(folder, tokenizer, _prefix_of(manifest))
-    if isinstance(dense, DenseModel):
-        check_prefix(folder, dense)
-    else:
-        dense = DenseModel.from_pretrained(dense or manifest["dense"]["name"])
-        dense.tokenizer = tokenizer
-    bridges = BridgeSet.load(folder / "bridges")
-    bridges.check(dense, sparse)
-    return Run(
-        folder=folder,
-        output=Path("runs/tiny") if builtin else folder,
-        dense=dense,
-        sparse=sparse.to(dense.device),  # pyright: ignore[reportArgumentType]
-        bridges=bridges.to(dense.device),
-        tokenizer=tokenizer,
-        manifest=manifest,
-    )
+    return manifest
 
 
 def _twin(folder: Path) -> tuple[SparseGPT, Any]:

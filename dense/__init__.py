@@ -2,7 +2,7 @@
 
 from .edit import Edit, LiveEdit
 from .model import DenseModel
-from .open import as_dense, tiny
+from .open import as_dense, config_of, tiny
 from .sites import SiteError
 from .traced import apply_edits, editing, generate_edited, run_edited, trace_model
 
@@ -16,6 +16,7 @@ __all__ = [
     "SiteError",
     "apply_edits",
     "as_dense",
+    "config_of",
     "editing",
     "generate_edited",
     "run_edited",

@@ -17,7 +17,6 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-from .fingerprint import fingerprint
 from .inputs import Inputs, at_positions, check_positions
 from .opening import kept_proof
 from .opening.kept_proof import Proof
@@ -28,6 +27,8 @@ from .proof import check_function, check_joined, pads_left, prove
 from .sites import Layout
 from .stand_ins import StandIns, learn_axes
 from .twin import deep_twin, replaced, site_block, transplanted
+from .weights.fingerprint import fingerprint
+from .weights.placement import device_of, is_placed
 
 
 class DenseModel:
@@ -39,10 +40,12 @@ class DenseModel:
 
     Any loaded `PreTrainedModel` that generates text from one residual stream can be given. It is
     put into eval mode and its parameters stop requiring gradients: it is read, never trained.
-    Nothing else on it is changed. When the model is opened its sites are found by probing it
-    (probe.py), and resuming at each of them is compared with the original (proof.py). What
-    `from_pretrained` opens is proven once and the proof kept (kept_proof.py). Raises SiteError,
-    with what was seen, if a site cannot be found or resuming there is not exact.
+    Nothing else on it is changed. It may be spread over devices or offloaded by accelerate: every
+    residual and logit returned is on the device of the ids, and what is given is moved to where it
+    is needed. When the model is opened its sites are found by probing it (probe.py), and resuming
+    at each of them is compared with the original (proof.py). What `from_pretrained` opens is proven
+    once and the proof kept (kept_proof.py). Raises SiteError, with what was seen, if a site cannot
+    be found or resuming there is not exact.
     """
 
     def __init__(
@@ -137,16 +140,21 @@ class DenseModel:
 
     @property
     def device(self) -> torch.device:
-        """The device that holds the weights."""
-        return next(self.model.parameters()).device
+        """The device of the embedding, where ids go in."""
+        return device_of(self.model.get_input_embeddings())
 
     @property
     def fingerprint(self) -> str:
         """The sha256 of the weights and of the config fields that decide what is computed.
 
-        It is computed anew each time it is asked for (`dense.fingerprint.fingerprint`).
+        It is computed anew each time it is asked for (`dense.weights.fingerprint`).
         """
         return fingerprint(self.model)
+
+    def to(self, device: torch.device | str) -> None:
+        """Move the model to a device; one that accelerate has placed stays where it is."""
+        if not is_placed(self.model):
+            self.model.to(device)
 
     # running it
 
@@ -349,8 +357,14 @@ class DenseModel:
 
         This is for the methods here that read, resume and join. The model itself is not compiled,
         nor is what `hookable` returns. The numbers are the same bit for bit with
-        `backend="aot_eager"`, and the same up to rounding with inductor.
+        `backend="aot_eager"`, and the same up to rounding with inductor. Raises ValueError for a
+        model that accelerate has placed.
         """
+        if is_placed(self.model):
+            raise ValueError(
+                f"{self.name} was placed by accelerate (device_map or offloading), whose hooks "
+                "break a compiled graph at every module; open it on one device to compile it"
+            )
         self._stand_ins.compile(**options)
 
     def site_path(self, site: int) -> str:

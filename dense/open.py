@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from .model import DenseModel
+from .opening.load import load_config, refuse_unsuitable
 
 
 def as_dense(model: Any) -> DenseModel:
@@ -24,6 +25,27 @@ def as_dense(model: Any) -> DenseModel:
         return model
     if isinstance(model, (str, Path)):
         return DenseModel.from_pretrained(model)
+    return DenseModel(*_inside(model))
+
+
+def config_of(model: Any) -> Any:
+    """Return the Hugging Face config of what `as_dense` takes, without opening a model.
+
+    >>> from dense import config_of
+    >>> config_of("tiny").hidden_size
+    128
+    """
+    if isinstance(model, DenseModel):
+        return model.model.config
+    if isinstance(model, (str, Path)):
+        return load_config(model)
+    module, _ = _inside(model)
+    refuse_unsuitable(module)
+    return module.config
+
+
+def _inside(model: Any) -> tuple[Any, Any]:
+    """Return the torch module that a model is or wraps, and a tokenizer that came with it."""
     tokenizer = None
     if type(model).__module__.partition(".")[0] == "nnsight":
         tokenizer = getattr(model, "tokenizer", None)
@@ -33,7 +55,7 @@ def as_dense(model: Any) -> DenseModel:
             f"{type(model).__name__} is no dense model; pass a DenseModel, a PreTrainedModel, an "
             "nnsight model, or the name or folder of one"
         )
-    return DenseModel(model.__dict__.get("original", model), tokenizer)
+    return model.__dict__.get("original", model), tokenizer
 
 
 def tiny() -> DenseModel:

@@ -80,6 +80,7 @@ def probe(model: nn.Module) -> Layout:
     for k, block in enumerate(blocks):
         h, args, kwargs = take_hidden(calls[k].args, calls[k].kwargs)
         _check_stream(model, k, h, calls[k].out)
+        h = h.to(first(calls[k].out).device)  # where the block computes
         run = _Runner(h + perturbation(h, k), args, kwargs)
         with explaining(model, f"splitting block {k}"):
             splits.append(_split(f"{family(model)}, block {k}", block, children[k], run, known))

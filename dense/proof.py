@@ -226,7 +226,7 @@ class _Substitute(TorchFunctionMode):
             return out
         row, self.row = self.row, None  # the operations below must not be watched themselves
         rows = out.reshape(self.old.shape)
-        if not (rows[row] - self.old[row]).norm() <= self.near:
+        if not (rows[row] - self.old[row].to(rows.device)).norm() <= self.near:
             self.row = row
             return out
         self.missed.discard(row)

@@ -11,6 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .weights.placement import device_of
+
 Composition = Literal["sequential", "parallel", "single", "post-norm", "whole", "mixed"]
 
 
@@ -89,7 +91,7 @@ def probe_ids(model: Any, seed: int = 0) -> Tensor:
     embedding = model.get_input_embeddings()
     g = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, embedding.weight.shape[0], (2, 6), generator=g)
-    return ids.to(embedding.weight.device)
+    return ids.to(device_of(embedding))
 
 
 def find_blocks(model: Any) -> tuple[str, tuple[nn.Module, ...]]:

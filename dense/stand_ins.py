@@ -35,7 +35,8 @@ class StandIns:
 
     `inputs` are always the keyword arguments of the model's forward. Site s belongs to block
     k = s // stride: it is at the block's entrance or, where s % stride is 1, between its halves.
-    The last site is what the last block returns.
+    The last site is what the last block returns. Residuals and logits are returned on the device of
+    the ids, also where accelerate has placed blocks on others.
     """
 
     def __init__(self, model: Any, layout: Layout) -> None:
@@ -62,7 +63,8 @@ class StandIns:
         stream: list[Tensor] = []
         stand_ins = {k: self._recording(k, stream) for k in range(len(self.layout.blocks))}
         with torch.no_grad():
-            return stream, self._forward(stand_ins, inputs, logits)
+            answered = self._forward(stand_ins, inputs, logits)
+        return [h.to(inputs["input_ids"].device) for h in stream], answered
 
     def last_residual(self, inputs: dict[str, Any]) -> Tensor:
         """Return the residual at the last site, without gradient."""
@@ -70,7 +72,7 @@ class StandIns:
         k = len(self.layout.blocks) - 1
         with torch.no_grad():
             self._forward({k: self._recording(k, stream)}, inputs, False)
-        return stream[-1]
+        return stream[-1].to(inputs["input_ids"].device)
 
     def calls(self, inputs: dict[str, Any], embedded: bool = False) -> list[Call]:
         """Return the arguments with which the model calls every block.
@@ -106,10 +108,10 @@ class StandIns:
         k_first = min(entries[0][0] // self.stride, len(self.layout.blocks) - 1)
         final: list[Tensor] = []
 
-        def join(h: Tensor | None, site: int) -> Tensor | None:
+        def join(h: Tensor | None, site: int, device: torch.device) -> Tensor | None:
             while waiting and waiting[0][0] == site:
                 new = waiting.pop(0)[1]
-                h = new if h is None else torch.cat((h, new))
+                h = new.to(device) if h is None else torch.cat((h, new.to(h.device)))
             return h
 
         def run(k: int, part: Any, h: Tensor | None, call: Call) -> Any:
@@ -122,13 +124,14 @@ class StandIns:
 
         def block(k: int, *args: Any, **kwargs: Any) -> Any:
             h, args, kwargs = take_hidden(args, kwargs)
-            h, out = None if k == k_first else h, None
+            device, out = h.device, None
+            h = None if k == k_first else h
             for i, part in enumerate(self._parts(k)):
-                h = join(h, self.stride * k + i)
+                h = join(h, self.stride * k + i, device)
                 out = run(k, part, h, (args, kwargs))
                 h = first(out)
             if k == len(self.layout.blocks) - 1:
-                h = join(h, self.last)
+                h = join(h, self.last, device)
                 final.append(h)  # pyright: ignore[reportArgumentType]
                 return answer(h, self.layout.arity)  # pyright: ignore[reportArgumentType]
             return out
@@ -138,7 +141,7 @@ class StandIns:
             original = self.layout.blocks[k]
             stand_ins[k] = forwarding(original, lambda *a, _k=k, **kw: block(_k, *a, **kw))
         answered = self._forward(stand_ins, inputs, logits, self._no_embedding)
-        return final[0], answered
+        return final[0].to(inputs["input_ids"].device), answered
 
     def besides(self, inputs: dict[str, Any], others: dict[str, Any]) -> str:
         """Return a text that names an argument of a block that differs with the tokens, or "".

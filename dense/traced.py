@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .edit import Edit, Edits, LiveEdit, check_edits
 from .inputs import at_positions, check_positions
 from .model import DenseModel
+from .weights.placement import device_of, is_placed
 
 
 def run_edited(
@@ -60,7 +61,7 @@ def run_edited(
         apply_edits(traced, dense, edits, attention_mask=attention_mask, ids=ids)
         h = traced.get(end).output.save()
         tracer.stop()  # what comes after it, the head at every token, is not run
-    return dense.unembed(*at_positions(positions, h, ids))
+    return dense.unembed(*at_positions(positions, h.to(ids.device), ids))
 
 
 def generate_edited(
@@ -286,6 +287,21 @@ def _parameters(model: nn.Module) -> set[str]:
 def _wrap(module: nn.Module, tokenizer: Any = None) -> Any:
     import nnsight
 
+    kind: Any = nnsight.NNsight if tokenizer is None else nnsight.TransformersModel
+    if is_placed(module):
+        kind = _placed(kind, module)
     if tokenizer is None:
-        return nnsight.NNsight(module)
-    return nnsight.TransformersModel(module, tokenizer=tokenizer, task="text-generation")
+        return kind(module)
+    return kind(module, tokenizer=tokenizer, task="text-generation")
+
+
+def _placed(kind: type, module: Any) -> type:
+    """Return a kind of wrapper for a model that accelerate has placed (weights/placement.py).
+
+    nnsight moves inputs to where the first parameter is, which may be the device "meta"; this one
+    moves them to where tokens are embedded. A model with `hf_device_map`, which the twin is given
+    here, transformers leaves where it is.
+    """
+    device = device_of(module.get_input_embeddings())
+    module.__dict__["hf_device_map"] = {"": device}
+    return type(kind.__name__, (kind,), {"device": device, "__module__": kind.__module__})

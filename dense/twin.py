@@ -4,17 +4,22 @@
 a module is a new object with the same class, the same parameters and buffers and the same children,
 except those children that are replaced. Running a twin runs the family's own code. Making one
 changes nothing on the original: it adds no hook and no attribute, and it copies no weight.
+
+Where accelerate places the weights of a module (`device_map`, offloading), it runs a hook before
+and after the module. A twin runs that hook too, so that it finds its weights where it computes.
 """
 
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
 
+from .weights.placement import device_of
+
 # Attributes that a wrapper may have put on the instance. A twin drops them and runs its class.
-_WRAPPED = ("forward", "__nnsight__", "_hf_hook", "_old_forward", "_compiled_call_impl")
+_WRAPPED = ("forward", "__nnsight__", "_old_forward", "_compiled_call_impl")
 
 
 def twin(
@@ -24,9 +29,9 @@ def twin(
 ) -> nn.Module:
     """Return a twin of `module`: the same weights, with the named direct children replaced.
 
-    Hooks of the original do not fire on the twin. Plain attributes, such as `training`, are copied
-    as they are now and do not follow the original later. Parameters and buffers stay shared, also
-    when the original is moved to another device or loads other weights.
+    Torch hooks of the original do not fire on the twin. Plain attributes, such as `training`, are
+    copied as they are now and do not follow the original later. Parameters and buffers stay shared,
+    also when the original is moved to another device or loads other weights.
     """
     t = object.__new__(cls or type(module))
     t.__dict__.update({k: v for k, v in module.__dict__.items() if k not in _WRAPPED})
@@ -34,7 +39,15 @@ def twin(
         if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")):
             t.__dict__[name] = type(value)()
     t.__dict__["_modules"] = {**module._modules, **children}
+    if "_hf_hook" in t.__dict__:
+        t.__dict__["forward"] = partial(_placed, t)
     return t
+
+
+def _placed(t: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run a twin whose weights and arguments accelerate's hook brings to their device."""
+    args, kwargs = t._hf_hook.pre_forward(t, *args, **kwargs)
+    return t._hf_hook.post_forward(t, type(t).forward(t, *args, **kwargs))
 
 
 def replaced(root: nn.Module, parts: Mapping[str, nn.Module]) -> nn.Module:
@@ -184,7 +197,7 @@ def blank(embedding: nn.Module) -> nn.Module:
 
     def forward(ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         weight: Any = embedding.weight
-        return weight.new_zeros(*ids.shape, weight.shape[-1])
+        return weight.new_zeros(*ids.shape, weight.shape[-1], device=device_of(embedding))
 
     return forwarding(embedding, forward)
 

@@ -29,8 +29,7 @@ def main() -> None:
 
     task = get_task(args.task)
     run = load_run(args.run_dir)
-    print(f"dense model: {task.score(run.dense, run.tokenizer)}")
-    print(f"twin:        {task.score(run.sparse, run.tokenizer)}")
+    print(f"twin: {task.score(run.sparse, run.tokenizer)}")
     config = PruneConfig(target_loss=args.target_loss, n_steps=args.prune_steps)
     forced = args.force or ":nonsense" in task.name  # nobody does a nonsense task
     circuit = prune(run.sparse, task, config, tokenizer=run.tokenizer, force=forced)

@@ -45,7 +45,7 @@ def prepare(args):
 
     state = launched(args.processes, args.threads)
     dense = DenseModel.from_pretrained(args.dense)
-    dense.model.to(state.device)
+    dense.to(state.device)
     memory = args.memory * 1e9 if args.memory else None
     preset = PRESETS[args.preset] if args.preset else Preset.for_model(dense, memory)
     preset = with_flags(preset, args)

@@ -20,7 +20,7 @@ MAY_IMPORT = {  # package: the packages of ours it may name
 }
 WINGS = {  # package: its wings (and files that stand beside them), ground floor first
     "sparse": "storage ops | tasks text model | training circuits | release",
-    "dense": "twin | fingerprint | inputs | sites | opening | probe | stand_ins | proof | "
+    "dense": "weights | twin | inputs | sites | opening | probe | stand_ins | proof | "
     "outlying | model | edit | traced | open",
     "bridges": "protocol losses | maps | planted training run_folder | "
     "cost transfer task_circuits | presets",

@@ -295,8 +295,8 @@ def count(module: nn.Module) -> int:
 
 
 def stored(module: nn.Module) -> int:
-    """Return the bytes of parameters and buffers, shared ones once."""
-    return sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
+    """Return the bytes of parameters and buffers, shared ones once, without offloaded ones."""
+    return sum(t.nbytes for t in (*module.parameters(), *module.buffers()) if not t.is_meta)
 
 
 def _step(

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.hooks import ModelHook
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import mse_loss
@@ -116,9 +117,11 @@ def _storage(t: Tensor) -> int:
 def _without_contents(module: nn.Module) -> Any:
     """Return a copy whose tensors have a shape and a dtype but no contents.
 
-    Call it under a FakeTensorMode.
+    Call it under a FakeTensorMode. Hooks by which accelerate would bring contents do nothing on it.
     """
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = {
+        id(m._hf_hook): ModelHook() for m in module.modules() if hasattr(m, "_hf_hook")
+    }
     for p in module.parameters():
         empty = torch.empty(p.shape, dtype=p.dtype)
         memo[id(p)] = nn.Parameter(empty, requires_grad=p.requires_grad)

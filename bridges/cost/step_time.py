@@ -149,7 +149,7 @@ def time_steps(
     """
     device, world = accelerator.device, accelerator.num_processes
     most, n = rows_per_pass(batch, world, config.train.accumulate), 1
-    dense.model.to(device)
+    dense.to(device)
     best, spent = StepTime(device=_name(device)), 0.0
     while True:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):  # each step seeds

@@ -324,27 +324,38 @@ class BridgeSet(nn.Module):
         They fit where the numbers of sites and the widths agree. Bridges that were trained know the
         fingerprints of their models, and these must agree too.
         """
+        self.check_dense(dense)
+        self.check_sparse(sparse)
+
+    def check_dense(self, model: ResidualModel) -> None:
+        """Raise ValueError unless these bridges fit the dense model, as `check` says."""
         c = self.config
-        for side, model, n, width in (
-            ("dense", dense, c.n_dense_sites, c.d_dense),
-            ("sparse", sparse, c.n_sparse_sites, c.d_sparse),
-        ):
-            if (model.n_sites, model.d_resid) != (n, width):
-                raise ValueError(
-                    f"the {side} model has {model.n_sites} sites of width {model.d_resid}, but "
-                    f"these bridges were made for {n} sites of width {width}; load the "
-                    f"{side} model they were trained with, or train new ones"
-                )
-        mine = (
-            ("dense", dense, self.dense_fingerprint),
-            ("sparse", sparse, self.sparse_fingerprint),
-        )
-        for side, model, expected in mine:
-            if expected is not None and (found := fingerprint(model)) != expected:
-                raise ValueError(
-                    f"the {side} model's weights (fingerprint {found}) are not those these bridges "
-                    f"were trained with ({expected}); load that {side} model, or train new bridges"
-                )
+        _check_side("dense", model, (c.n_dense_sites, c.d_dense), self.dense_fingerprint)
+
+    def check_sparse(self, model: ResidualModel) -> None:
+        """Raise ValueError unless these bridges fit the sparse model, as `check` says."""
+        c = self.config
+        _check_side("sparse", model, (c.n_sparse_sites, c.d_sparse), self.sparse_fingerprint)
+
+    def check_dense_config(self, config: Any, sparse: ResidualModel) -> None:
+        """Raise ValueError where the dense model of a Hugging Face config cannot fit.
+
+        This needs no model, and so it can be told before the dense model is opened, which takes
+        long. `check` looks at the model itself.
+        """
+        c, of = self.config, config.get_text_config()
+        n, width = of.num_hidden_layers, of.hidden_size
+        if c.n_dense_sites not in (n + 1, 2 * n + 1) or c.d_dense != width:
+            raise ValueError(
+                f"the dense model has {n} layers, so {n + 1} or {2 * n + 1} sites, of width "
+                f"{width}, but these bridges were made for {c.n_dense_sites} sites of width "
+                f"{c.d_dense}; load the dense model they were trained with, or train new ones"
+            )
+        if of.vocab_size != sparse.vocab_size:
+            raise ValueError(
+                f"the dense model has {of.vocab_size} tokens and the sparse one "
+                f"{sparse.vocab_size}; load the dense model whose tokenizer they share"
+            )
 
     def save(self, folder: str | Path) -> None:
         """Write a folder with the weights in safetensors and config and fingerprints in JSON."""
@@ -371,6 +382,24 @@ class BridgeSet(nn.Module):
                 "restore the folder, or train again"
             ) from error
         return bridges
+
+
+def _check_side(
+    side: str, model: ResidualModel, made_for: tuple[int, int], expected: str | None
+) -> None:
+    """Raise ValueError unless a model has the sites, the width and the fingerprint of a side."""
+    n, width = made_for
+    if (model.n_sites, model.d_resid) != made_for:
+        raise ValueError(
+            f"the {side} model has {model.n_sites} sites of width {model.d_resid}, but these "
+            f"bridges were made for {n} sites of width {width}; load the {side} model they were "
+            "trained with, or train new ones"
+        )
+    if expected is not None and (found := fingerprint(model)) != expected:
+        raise ValueError(
+            f"the {side} model's weights (fingerprint {found}) are not those these bridges were "
+            f"trained with ({expected}); load that {side} model, or train new bridges"
+        )
 
 
 def through(

@@ -194,7 +194,7 @@ def cotrain(
             "SparseGPTConfig.vocab_size to the dense model's"
         )
     accelerator = accelerator_for(config.train, accelerator)
-    dense.model.to(accelerator.device)
+    dense.to(accelerator.device)
     module = Cotraining(dense, sparse, bridges, config).to(accelerator.device)
     if config.calibration_tokens:
         calibrate(dense, bridges, batches, config.calibration_tokens, accelerator.device)

@@ -7,7 +7,7 @@ from typing import Any
 
 from bridges.maps.bridge import BridgeSet
 from bridges.run_folder import check_prefix, run_folder
-from dense import as_dense
+from dense import as_dense, config_of
 from sparse.circuits.circuit import Circuit
 from sparse.model.gpt import SparseGPT
 
@@ -35,15 +35,16 @@ def map_circuit(
     >>> map_circuit(run.circuits()["single_double_quote"], run.dense)
     DenseCircuit('single_double_quote', 71 nodes, in tiny at site 1 of 0..4)
     """
-    dense = as_dense(dense_model)
     if sparse_model is None:
         opened: SparseGPT = SparseGPT.from_pretrained(run_folder(sparse_circuit, "sparse_model="))
         sparse_model = opened.requires_grad_(False)
     if bridges is None:
         bridges = BridgeSet.load(_bridges_folder(sparse_circuit)).requires_grad_(False)
+    sparse_circuit.check(sparse_model)
+    bridges.check_dense_config(config_of(dense_model), sparse_model)
+    dense = as_dense(dense_model)
     if sparse_circuit.source is not None:
         check_prefix(Path(sparse_circuit.source.folder).parent, dense)
-    sparse_circuit.check(sparse_model)
     bridges.check(dense, sparse_model)
     sparse_model.to(dense.device)  # pyright: ignore
     bridges.to(dense.device)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from .cache import cache_folder
 
@@ -53,17 +54,48 @@ def gguf_file(name_or_folder: str | Path, kwargs: dict[str, Any]) -> Path | None
 def load_gguf(path: Path, kwargs: dict[str, Any]) -> tuple[Any, Any]:
     """Return (model, tokenizer) of a GGUF file, with weights of the dtype in `kwargs`.
 
-    Raises ValueError where the package gguf is missing, or the file cannot be read.
+    Raises ValueError as `converted` does.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    kept = cache_folder() / "gguf" / sha256(path)
-    if not kept.is_dir():
-        convert(path, kept)
+    kept = converted(path)
     options = {"dtype": torch.float32, **kwargs}
     options.pop("gguf_file", None)
     model = AutoModelForCausalLM.from_pretrained(kept, **options)
     return model, AutoTokenizer.from_pretrained(kept)
+
+
+def converted(path: Path) -> Path:
+    """Return the folder that is kept for a GGUF file, made now if it is not there.
+
+    It is made beside its place and moved there whole, so that several processes may do so at once.
+    Raises ValueError where the package gguf is missing, the file cannot be read, or the cache
+    cannot be written.
+    """
+    kept = cache_folder() / "gguf" / sha256(path)
+    if kept.is_dir():
+        return kept
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=kept.parent) as new:
+            made = Path(new) / "model"
+            convert(path, made)
+            _move(made, kept)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"{path.name} is dequantised once and kept in {kept.parent}, which cannot be written "
+            f"({error}); set HF_HOME to a folder with room that you may write to"
+        ) from error
+    return kept
+
+
+def _move(made: Path, kept: Path) -> None:
+    """Move a folder to its place, unless another process has put the same one there."""
+    try:
+        os.replace(made, kept)
+    except OSError:
+        if not kept.is_dir():
+            raise
 
 
 def convert(path: Path, folder: Path) -> None:
@@ -81,13 +113,8 @@ def convert(path: Path, folder: Path) -> None:
     except (ValueError, KeyError, OSError, IndexError) as error:
         raise ValueError(f"{path} cannot be read as GGUF ({error}); copy it again") from error
     forget_quantization(model)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as new:  # so that it is whole or not there
-        at = Path(new) / "model"
-        model.save_pretrained(at)
-        tokenizer.save_pretrained(at)
-        if not folder.exists():
-            os.replace(at, folder)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def forget_quantization(model: Any) -> None:

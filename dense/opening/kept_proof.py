@@ -16,7 +16,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ..fingerprint import fingerprint
+from ..weights.fingerprint import fingerprint
+from ..weights.placement import device_of
 from .cache import cache_folder
 
 SMALL = 10_000_000
@@ -42,7 +43,7 @@ def path_of(model: Any) -> Path | None:
         "config": config,
         "attention": getattr(model.config, "_attn_implementation", None),
         "versions": {name: version(name) for name in ("torch", "transformers")},
-        "device": next(model.parameters()).device.type,
+        "device": device_of(model.get_input_embeddings()).type,
         "class": type(model).__qualname__,
     }
     digest.update(json.dumps(about, sort_keys=True, default=str).encode())

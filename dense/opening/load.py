@@ -14,7 +14,7 @@ from urllib.request import Request, urlopen
 import torch
 
 from ..sites import SiteError
-from .gguf import gguf_file, load_gguf
+from .gguf import converted, gguf_file, load_gguf
 
 TINY = Path(__file__).parents[1] / "tiny_data"
 
@@ -46,12 +46,29 @@ def load(name_or_folder: str | Path, **kwargs: Any) -> tuple[Any, Any]:
     kwargs = checked_options(kwargs)
     if (path := gguf_file(name_or_folder, kwargs)) is not None:
         return load_gguf(path, kwargs)
+    source = _source(name_or_folder, kwargs)
+    return _model(source, kwargs), _tokenizer(source, kwargs)
+
+
+def load_config(name_or_folder: str | Path) -> Any:
+    """Return the config of the model that `load` would return, without its weights.
+
+    Raises what `load` raises for names and folders.
+    """
+    from transformers import AutoConfig
+
+    if (path := gguf_file(name_or_folder, {})) is not None:
+        return AutoConfig.from_pretrained(converted(path))
+    return AutoConfig.from_pretrained(_source(name_or_folder, {}))
+
+
+def _source(name_or_folder: str | Path, kwargs: dict[str, Any]) -> str:
+    """Return the folder that holds a model on this machine, or the name that the hub knows."""
     source = str(TINY if str(name_or_folder) == "tiny" else name_or_folder)
     folder, missing = _on_this_machine(source, kwargs)
     if missing:
         _need_hub(source, missing)
-    opened = source if folder is None else str(folder)
-    return _model(opened, kwargs), _tokenizer(opened, kwargs)
+    return source if folder is None else str(folder)
 
 
 def checked_options(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -171,7 +188,7 @@ def _unreachable(url: str) -> str | None:
 
 
 def refuse_unsuitable(model: Any) -> None:
-    """Raise SiteError for models that cannot be bridged, as their config or hooks already show."""
+    """Raise SiteError for models that cannot be bridged, as their config already shows."""
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "get_text_config"):
         raise SiteError(
@@ -182,9 +199,4 @@ def refuse_unsuitable(model: Any) -> None:
         raise SiteError(
             f"{config.model_type} ({type(model).__name__}) is not a causal language model with "
             "logits; open it with AutoModelForCausalLM"
-        )
-    if dispatched := [n for n, m in model.named_modules() if hasattr(m, "_hf_hook")]:
-        raise SiteError(
-            f"{config.model_type} was spread over devices by accelerate (hook on "
-            f"{dispatched[0] or 'the model'}); load it on one device, without device_map"
         )

@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from transformers import AutoTokenizer
 
 from bridges.run_folder import load_run, save_run
 from bridges.transfer.map_circuit import map_circuit
-from dense import DenseModel
+from dense import DenseModel, model
 from sparse.circuits.means import load_means
 from sparse.ops.prefix import begin, prefix_ids
 
@@ -278,3 +279,60 @@ def test_counts_of_a_smaller_tokenizer_fit_a_model_with_more_rows(tmp_path):
     with pytest.raises(ValueError, match=f"token_counts has {vocab + 1} tokens"):
         too_many = torch.zeros(vocab + 1, dtype=torch.long)
         save_run(tmp_path, run.dense, run.sparse, run.bridges, **text, token_counts=too_many)
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """The names of what DenseModel.from_pretrained opens during a test."""
+    names, open_it = [], DenseModel.from_pretrained
+    monkeypatch.setattr(
+        DenseModel, "from_pretrained", lambda name: names.append(str(name)) or open_it(name)
+    )
+    return names
+
+
+def test_the_dense_model_is_opened_once_and_only_where_it_is_asked_for(
+    saved, circuit_of, task, opened, tmp_path
+):
+    run = load_run(tmp_path / "run")
+    circuit_of(run.sparse).save(run.circuit_folder(task.name))
+    run.export(tmp_path / "copy")
+    assert run.prefix == () and task.name in run.circuits() and len(run.heldout())
+    assert "dense" in repr(run) and run.skipped() == {} and not opened
+    assert replace(run, output=tmp_path / "elsewhere").dense is run.dense
+    assert opened == [str(tmp_path / "dense")]
+
+
+def test_a_dense_model_that_cannot_fit_is_refused_before_it_is_opened(
+    saved, circuit_of, build, opened, tmp_path, monkeypatch
+):
+    proofs, prove = [], model.prove
+    monkeypatch.setattr(model, "prove", lambda *given: proofs.append(1) or prove(*given))
+    circuit, names = circuit_of(saved.sparse), []
+    for shape, says in (
+        (dict(n_embd=16), "has 2 layers, .* of width 16, but these bridges .* of width 12"),
+        (dict(n_layer=3), "has 3 layers, so 4 or 7 sites, of width 12, but"),
+        (dict(vocab_size=40), "has 40 tokens and the sparse one 23"),
+    ):
+        other = build.dense(**shape)
+        names.append(str(tmp_path / f"{len(names)}"))
+        other.model.save_pretrained(names[-1])
+        proofs.clear()
+        with pytest.raises(ValueError, match=f"the dense model {says}"):
+            load_run(tmp_path / "run", names[-1])
+        for given in (names[-1], other.model):
+            with pytest.raises(ValueError, match=f"the dense model {says}"):
+                map_circuit(circuit, given)
+        assert not proofs and not opened
+    assert load_run(tmp_path / "run", str(tmp_path / "dense")).dense is not None
+    assert proofs and opened  # control: one that fits is opened and proven
+
+
+def test_a_run_that_names_a_dense_model_that_cannot_fit_says_so_when_it_is_asked_for(
+    saved, build, opened, tmp_path
+):
+    build.dense(n_embd=16).model.save_pretrained(tmp_path / "dense")
+    run = load_run(tmp_path / "run")
+    with pytest.raises(ValueError, match="of width 16, but these bridges"):
+        run.dense.logits(run.heldout())
+    assert not opened

@@ -159,6 +159,16 @@ def test_a_folder_that_is_no_run_gets_a_clear_error_and_no_file(tmp_path, capsys
     assert not (tmp_path / "nowhere").exists()
 
 
+def test_a_task_without_a_circuit_is_told_before_the_dense_model_is_opened(
+    run, capsys, monkeypatch
+):
+    monkeypatch.setattr("dense.DenseModel.from_pretrained", None)
+    assert main([str(run.folder), "--tasks", "bracket_counting"]) == 2
+    assert "no circuit for ['bracket_counting']" in capsys.readouterr().err
+    with pytest.raises(TypeError):  # control: a task that has one needs it
+        main([str(run.folder), "--tasks", "single_double_quote", "--quick"])
+
+
 def test_a_task_without_a_circuit_is_refused_by_name(run):
     with pytest.raises(ValueError, match=r"no circuit for \['bracket_counting'\]"):
         evaluate_run(run, tasks=["bracket_counting"])

@@ -6,14 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import disk_offload
 from safetensors.torch import load_file
 
+from bridges.cost.plan import plan
 from bridges.losses.quantities import ce_nats
 from bridges.maps.bridge import BridgeConfig, BridgeSet
 from bridges.training.config import CotrainConfig, LossWeights
 from bridges.training.cotrain import Cotraining, cotrain
 from bridges.training.objective import WHOLE, losses
 from bridges.training.validate import calibrate, validate
+from dense import DenseModel
 from sparse.text.batches import Batches
 from sparse.training.config import TrainConfig
 from sparse.training.loop import fit
@@ -159,6 +162,31 @@ def test_training_lowers_every_term_and_leaves_the_dense_model_alone(
     bridges.check(dense, sparse)
     assert {f"loss/{t}" for t in TERMS} < set(log[0])
     assert log[0]["lr/sparse"] == 0 < log[1]["lr/sparse"]
+
+
+def test_a_dense_model_whose_weights_are_offloaded_trains_the_twin_to_the_same_bits(
+    dense, build, batches, tmp_path
+):
+    trained = []
+    for way in ("plain", "offloaded"):
+        model = copy.deepcopy(dense.model)
+        if way == "offloaded":
+            model = disk_offload(model, tmp_path / "weights", execution_device=torch.device("cpu"))
+        placed, sparse = DenseModel(model, dense.tokenizer), build.sparse()
+        bridges = BridgeSet(BridgeConfig.between(placed, sparse, k=7))
+        config = make(tmp_path / way, steps=3)
+        planned = plan(placed, sparse, bridges, config, batch=4, length=6)
+        given = copy.deepcopy(batches)  # it remembers where it is
+        cotrain(placed, sparse, bridges, given, config, validation=[batches.at(0)])
+        trained.append((planned, sparse, bridges))
+    (want_plan, *want), (got_plan, *got) = trained
+    for a, b in zip(want, got, strict=True):
+        for x, y in zip(a.parameters(), b.parameters(), strict=True):
+            assert torch.equal(x, y)
+    assert got_plan.step == want_plan.step
+    assert (
+        got_plan.state["dense model"] < 0.1 * want_plan.state["dense model"]
+    )  # they are elsewhere
 
 
 def test_learning_rates_follow_the_schedules(dense, sparse, bridges, tmp_path):

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from .placement import copies, stored
+
 _SHAPING = (  # config fields that, with the weights, decide what the model computes; else None
     "model_type vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads "
     "head_dim intermediate_size n_inner max_position_embeddings hidden_act activation_function "
@@ -16,7 +18,8 @@ def fingerprint(model: Any) -> str:
     """Return the sha256 of the weights and of the config fields that decide what is computed.
 
     It covers name, dtype, shape and bytes of every parameter and of every buffer that is saved,
-    such as quantised weights. Names and paths of files do not matter.
+    such as quantised weights. Names and paths of files do not matter, nor does where the weights
+    are: those that accelerate keeps in CPU memory or in files are read from there.
     """
     config = model.config.get_text_config()
     digest = hashlib.sha256()
@@ -24,7 +27,9 @@ def fingerprint(model: Any) -> str:
         digest.update(f"{field}={getattr(config, field, None)}\n".encode())
     saved = model.state_dict(keep_vars=True).keys()
     buffers = {name: b for name, b in model.named_buffers() if name in saved}
-    for name, p in sorted((dict(model.named_parameters()) | buffers).items()):
+    tensors = dict(model.named_parameters()) | buffers
+    for name in sorted(tensors.keys() - copies(model)):
+        p: Any = stored(model, name, tensors[name])
         digest.update(f"{name} {p.dtype} {tuple(p.shape)}\n".encode())
         digest.update(p.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -41,7 +41,7 @@ DESIGNS = {  # the dense model, and the preset
     "gpt2-20m": (gpt2_of_20m, replace(PRESETS["cpu"], steps=40)),
     "smollm2": (
         lambda: DenseModel.from_pretrained("smollm2"),
-        replace(PRESETS["cpu"], steps=20, embeddings="dense"),
+        replace(PRESETS["cpu"], steps=20),
     ),
 }
 

@@ -265,10 +265,15 @@ def embeddings_of(dense: Any) -> tuple[Float[Tensor, "vocab embedding"], ...]:
 
     Raises ValueError where the two have different widths.
     """
-    rows = dense.model.get_input_embeddings().weight, dense.model.get_output_embeddings().weight
-    if rows[0].data_ptr() == rows[1].data_ptr():
-        rows = rows[:1]
-    rows = tuple(table.detach()[: dense.vocab_size] for table in rows)
+    from dense.weights.placement import copies, stored
+
+    model = dense.model
+    names = {id(module): f"{name}.weight" for name, module in model.named_modules()}
+    both = model.get_input_embeddings(), model.get_output_embeddings()
+    if both[0].weight is both[1].weight or names[id(both[1])] in copies(model):
+        both = both[:1]
+    rows = tuple(stored(model, names[id(part)], part.weight).detach() for part in both)
+    rows = tuple(table[: dense.vocab_size] for table in rows)
     if len({table.shape for table in rows}) > 1:
         shapes = [tuple(table.shape) for table in rows]
         raise ValueError(
@@ -309,10 +314,11 @@ PRESETS: dict[str, Preset] = {
         Preset(
             name="small", steps=3000, batch=16, length=128, expansion=2.0, prune_steps=600,
         ),
-        # a shallow, narrow twin of a model that is large for a CPU: 2 M tokens
+        # a shallow, narrow twin of a model that is large for a CPU: 2 M tokens, too few to learn
+        # embeddings of its own
         Preset(
             name="cpu", steps=2000, batch=8, length=128, expansion=1 / 2, prune_steps=600,
-            twin_layers=6,
+            twin_layers=6, embeddings="dense",
         ),
         # 1 B tokens for a card of 80 GB, 0.2 B for one of 12: bf16, text read as it is needed
         replace(

@@ -1,9 +1,11 @@
-"""A twin whose embeddings are the dense model's (`Preset.embeddings`)."""
+"""Presets, and twins whose embeddings are the dense model's (`Preset.embeddings`)."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
 from bridges import PRESETS, cotrain, load_run, plan, read_text, save_run
@@ -18,6 +20,20 @@ def untied():
     shape = dict(vocab_size=2048, n_embd=32, n_layer=1, n_head=2, n_positions=64)
     model = GPT2LMHeadModel(GPT2Config(**shape, tie_word_embeddings=False))
     return DenseModel(model, tokenizer=tiny().tokenizer, name="untied")
+
+
+def offloaded():
+    """The built-in model with its weights put away between two runs."""
+    dense = tiny()
+    cpu_offload(dense.model, torch.device("cpu"))
+    assert dense.model.get_input_embeddings().weight.is_meta
+    return DenseModel(dense.model, tokenizer=dense.tokenizer, name="offloaded")
+
+
+def test_an_offloaded_model_lends_the_same_tables():
+    assert BORROWS.build(offloaded()).sparse.fingerprint() == (
+        BORROWS.build(tiny()).sparse.fingerprint()
+    )
 
 
 @pytest.mark.parametrize("open_", [tiny, untied])
@@ -68,7 +84,7 @@ def test_tables_of_two_shapes_are_refused():
     shape |= dict(num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=64)
     model = OPTForCausalLM(OPTConfig(**shape, tie_word_embeddings=False))
     model.lm_head = torch.nn.Linear(32, 2048, bias=False)
-    dense = DenseModel(tiny().model, tokenizer=tiny().tokenizer, name="odd")
-    dense.model.get_output_embeddings = model.get_output_embeddings
+    dense = SimpleNamespace(model=model, name="odd", vocab_size=2048, tokenizer=tiny().tokenizer)
+    dense.d_resid = 32
     with pytest.raises(ValueError, match=r"odd: its embedding and unembedding .* --embeddings own"):
         BORROWS.build(dense)

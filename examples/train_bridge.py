@@ -115,7 +115,7 @@ def show_plan(args, preset, dense, accelerator):
 
 
 def training(args):
-    return dict(processes=args.processes, shard=args.shard)
+    return dict(processes=args.processes, shard=args.shard, products=args.products)
 
 
 def perhaps_compiled(args, dense, sparse):
@@ -141,9 +141,11 @@ def tell_tasks(preset, dense, say) -> None:
 def train_pair(args, preset, dense, accelerator):
     """Co-train the twin and its bridges; the main process saves and returns the run."""
     from bridges import cotrain, save_run, validation_sequences
+    from sparse import with_products
 
     say, folder = accelerator.print, args.output_dir
     sparse, bridges, config = preset.build(dense, folder, **training(args))
+    config = replace(config, train=with_products(config.train))
     say(f"twin: {sparse.num_parameters():,} parameters, {config.sparsity.density:.4f} kept")
     batches, heldout, kept, data = read_text(args, preset, dense.tokenizer)
     if len(heldout) < 2:
@@ -161,6 +163,7 @@ def train_pair(args, preset, dense, accelerator):
         return None
     command = " ".join(["python", *sys.argv])
     facts = {"data": data, "command": command, "arguments": vars(args) | asdict(preset)}
+    facts["products"] = config.train.products
     return save_run(folder, dense, sparse, bridges, heldout=heldout, facts=facts, **kept)
 
 
@@ -241,6 +244,8 @@ def parse() -> argparse.Namespace:
     p.add_argument("--threads", type=int, help="CPU threads per process; default: its share")
     p.add_argument("--processes", type=int, help="refuse to train on another number of processes")
     p.add_argument("--shard", action="store_true", help="split the parameters among processes")
+    how = "what computes sparse products on a CPU; default: the fastest, or what the run began with"
+    p.add_argument("--products", choices=("scipy", "mkl", "dense"), help=how)
     add_flags(p)
     args = p.parse_args()
     try:

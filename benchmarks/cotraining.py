@@ -7,7 +7,8 @@
 
 Times are CPU seconds of one thread, which other load disturbs less than the clock. Ratios are
 medians over repetitions, with quartiles; within one repetition every variant takes one step, in
-turn, in one process. Memory is the peak resident size of a process of its
+turn, in one process. "exact" and "sampled" compute the sparse products as a new run does
+(`fastest_products`), the others as named. Memory is the peak resident size of a process of its
 own minus that before the step (parameters and Adam's moments exist by then).
 
 The baseline is in the manner of the one public replication: a pass per site and direction, full
@@ -63,9 +64,13 @@ SIZES = {  # layers, dense width, sparse width, vocabulary, positions, sequences
 }
 SIZES["L12-6"] = SIZES["L12"]
 TWIN_LAYERS = {"check-deep": 2, "L12-6": 6}  # where the twin has not the dense depth
-VARIANTS = {  # name: fields of CotrainConfig
+VARIANTS = {  # name: fields of CotrainConfig, and what computes the sparse products
     "exact": dict(hybrid_sites="all"),
+    "exact, scipy": dict(hybrid_sites="all", products="scipy"),
+    "exact, dense": dict(hybrid_sites="all", products="dense"),
     "sampled": dict(),
+    "sampled, scipy": dict(products="scipy"),
+    "sampled, dense": dict(products="dense"),
     "sampled 2": dict(sites_per_sequence=2),
     "exact, 25% of tokens": dict(hybrid_sites="all", hybrid_tokens=0.25),
 }
@@ -95,9 +100,9 @@ def build(size: str, fields: dict, dtype=torch.float32, density=1 / 64):
         sparse_biases=False,
         anneal_start=0.0,
     )
-    config = CotrainConfig(
-        train=TrainConfig(steps=1000, folder="unused"), sparsity=sparsity, **fields
-    )
+    fields = {"products": None} | fields
+    train = TrainConfig(steps=1000, folder="unused", products=fields.pop("products"))
+    config = CotrainConfig(train=train, sparsity=sparsity, **fields)
     module = Cotraining(dense, sparse, bridges, config)
     ids = torch.randint(0, vocab, (batch, n_pos))
     bridges.calibrate(dense.residuals(ids))

@@ -5,21 +5,21 @@
 
 The baseline is Hugging Face's GPT2LMHeadModel with random weights, the same layers, width, heads,
 vocabulary, positions and batch, no dropout, and fused AdamW: forward, backward, step. Ours is the
-step of `sparse.fit`: forward, backward, pooled normalisation, Adam, projection, decay; with and
-without `csr_products`. The same random tokens for all.
+step of `sparse.fit`: forward, backward, pooled normalisation, Adam, projection, decay; with each of
+the libraries that can compute the sparse products (`Products`). The same random tokens for all.
 
 Interleaved in one process, one thread. Times are processor seconds, so that other work on the
 machine counts little. Printed are the median of the repetitions' ratios and its quartiles; with
---profile also where our step goes.
+--profile also where our step goes with the fastest products.
 """
 
 import argparse
 import os
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
 from time import process_time
+from typing import get_args
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -29,7 +29,7 @@ from timing import quartiles
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from sparse import SparseGPT, SparseGPTConfig
-from sparse.ops.csr_linear import csr_products
+from sparse.ops.csr_linear import Products, csr_products, fastest_products
 from sparse.training.groups import scale_
 from sparse.training.sparsity import SparsityConfig, budgets, project_model_
 
@@ -40,6 +40,7 @@ SHAPES = {  # name: layers, width, vocabulary, positions, batch
 }
 DENSITIES = (1.0, 1 / 8, 1 / 16, 1 / 64)
 D_HEAD = 16
+KINDS = [name for name in get_args(Products) if name != "mkl" or fastest_products() == "mkl"]
 
 
 class Clock:
@@ -62,11 +63,11 @@ def dense_step(model, adam, ids) -> None:
     adam.step()
 
 
-def sparse_step(model, adam, plan, densities, ids, csr: bool, clock: Clock) -> None:
+def sparse_step(model, adam, plan, densities, ids, products: Products, clock: Clock) -> None:
     """Ours."""
     clock.last = process_time()
     adam.zero_grad(set_to_none=True)
-    with csr_products(model) if csr else nullcontext():
+    with csr_products(model, products=products):
         clock.lap("compress")
         loss = model(ids, labels=ids).loss
     clock.lap("forward")
@@ -122,11 +123,11 @@ def build(shape: str, density: float):
     return dense.train(), dense_adam, sparse.train(), sparse_adam, plan, densities
 
 
-def measure(shape: str, density: float, repeats: int) -> tuple[dict[str, list[float]], Clock]:
-    """Ratios to the dense step per repetition, "dense products" and "csr"; and our parts."""
+def measure(shape: str, density: float, repeats: int) -> tuple[dict[Products, list[float]], Clock]:
+    """Ratios to the dense step per repetition, by products; and our parts with the fastest."""
     dense, dense_adam, *ours = build(shape, density)
     *_, positions, batch = SHAPES[shape]
-    ratios: dict[str, list[float]] = {"dense products": [], "csr": []}
+    ratios: dict[Products, list[float]] = {name: [] for name in KINDS}
     clock = Clock()
     for repetition in range(repeats + 1):
         ids = torch.randint(SHAPES[shape][2], (batch, positions))
@@ -134,9 +135,9 @@ def measure(shape: str, density: float, repeats: int) -> tuple[dict[str, list[fl
         dense_step(dense, dense_adam, ids)
         baseline = process_time() - start
         for name in ratios:
-            laps = clock if repetition and name == "csr" else Clock()
+            laps = clock if repetition and name == fastest_products() else Clock()
             start = process_time()
-            sparse_step(*ours, ids, name == "csr", laps)
+            sparse_step(*ours, ids, name, laps)
             if repetition:
                 ratios[name].append((process_time() - start) / baseline)
     return ratios, clock
@@ -149,15 +150,13 @@ if __name__ == "__main__":
     parser.add_argument("--profile", action="store_true", help="also print where our step goes")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"{'shape':6}{'density':>8}   {'step / dense step':<22} with csr_products")
+    print("step / dense step, by what computes the sparse products")
+    print(f"{'shape':6}{'density':>8}   " + "".join(f"{name:<22}" for name in KINDS))
     for shape in args.shapes:
         for density in DENSITIES:
             ratios, clock = measure(shape, density, args.repeats)
-            line = f"{shape:6}{f'1/{round(1 / density)}':>8}   "
-            print(
-                f"{line}{quartiles(ratios['dense products']):<22} {quartiles(ratios['csr'])}",
-                flush=True,
-            )
+            columns = "".join(f"{quartiles(found):<22}" for found in ratios.values())
+            print(f"{shape:6}{f'1/{round(1 / density)}':>8}   {columns}", flush=True)
             if args.profile:
                 parts = {name: 1e3 * median(laps) for name, laps in clock.parts.items()}
                 print("    ms:", ", ".join(f"{n} {ms:.1f}" for n, ms in parts.items()))

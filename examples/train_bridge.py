@@ -74,7 +74,12 @@ def tell_plan(args, preset, dense, accelerator):
 
 
 def training(args):
-    return dict(folder=args.output_dir, processes=args.processes, shard=args.shard)
+    return dict(
+        folder=args.output_dir,
+        processes=args.processes,
+        shard=args.shard,
+        products=args.products,
+    )
 
 
 def tell_tasks(preset, dense, accelerator) -> None:
@@ -109,6 +114,7 @@ def train_pair(args, preset, dense, accelerator):
         return None
     command = " ".join(["python", *sys.argv])
     facts = {"data": text.facts, "command": command, "arguments": vars(args) | asdict(preset)}
+    facts["products"] = config.train.products
     return save_run(folder, dense, sparse, bridges, facts=facts, **text.kept())
 
 
@@ -159,6 +165,8 @@ def parse() -> argparse.Namespace:
     p.add_argument("--threads", type=int, help="CPU threads per process; default: its share")
     p.add_argument("--processes", type=int, help="refuse to train on another number of processes")
     p.add_argument("--shard", action="store_true", help="split the parameters among processes")
+    how = "what computes sparse products on a CPU; default: the fastest, or what the run began with"
+    p.add_argument("--products", choices=("scipy", "mkl", "dense"), help=how)
     add_flags(p)
     args = p.parse_args()
     from bridges import choose_tasks  # not for --help, which should answer at once

@@ -46,6 +46,7 @@ from .training.heldout import heldout_nats, unigram_nats
 from .training.pretrain import PretrainConfig, Pretraining, pretrain
 from .training.processes import check_processes, launched
 from .training.recipes import gao2025
+from .training.run_state import with_products
 from .training.sparsity import Anneal, SparsityConfig
 
 __version__ = "0.1.0"
@@ -97,6 +98,7 @@ __all__ = [
     "task_table",
     "to_networkx",
     "unigram_nats",
+    "with_products",
 ]
 
 

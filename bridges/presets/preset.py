@@ -227,21 +227,28 @@ class Preset:
         return Accelerator(mixed_precision=self.mixed_precision)
 
     def training(self, folder: str, **train: Any) -> CotrainConfig:
-        """Return the configuration of the training."""
+        """Return the configuration of the training.
+
+        What computes the sparse products is decided here (`sparse.with_products`): as asked for, as
+        the run in `folder` began, or the fastest.
+        """
         from bridges.training.config import CotrainConfig, LossWeights
         from sparse.training.config import TrainConfig
+        from sparse.training.run_state import with_products
         from sparse.training.sparsity import SparsityConfig
 
         return CotrainConfig(
-            train=TrainConfig(
-                steps=self.steps,
-                folder=folder,
-                seed=self.seed,
-                evaluate_every=max(1, self.steps // 10),
-                checkpoint_every=max(1, min(max(100, self.steps // 60), self.steps // 5)),
-                accumulate=self.accumulate,
-                mixed_precision=self.mixed_precision,
-                **train,
+            train=with_products(
+                TrainConfig(
+                    steps=self.steps,
+                    folder=folder,
+                    seed=self.seed,
+                    evaluate_every=max(1, self.steps // 10),
+                    checkpoint_every=max(1, min(max(100, self.steps // 60), self.steps // 5)),
+                    accumulate=self.accumulate,
+                    mixed_precision=self.mixed_precision,
+                    **train,
+                )
             ),
             sparsity=SparsityConfig(
                 density=self.density, embedding_density=min(1.0, 4 * self.density)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import reduce
 
 import torch
@@ -16,11 +16,12 @@ from bridges.maps.bridge import BridgeSet
 from bridges.protocol import FrozenModel, fingerprint
 from sparse.model.gpt import SparseGPT
 from sparse.model.modes import mode
-from sparse.ops.csr_linear import WORTH_REBUILDING, csr_products
+from sparse.ops.csr_linear import WORTH_REBUILDING, Products, csr_products, fastest_products
 from sparse.training.config import BatchSource
 from sparse.training.groups import Group, warmup_decay
 from sparse.training.loop import fit
 from sparse.training.processes import accelerator_for
+from sparse.training.run_state import with_products
 from sparse.training.sparsity import Sparsifier, decayed_names
 
 from .config import CotrainConfig
@@ -51,6 +52,7 @@ class Cotraining(nn.Module):
                 'fewer, or take hybrid_sites="all"'
             )
         self.sparsifier = Sparsifier(sparse, config.sparsity, config.train.steps)
+        self.products: Products = config.train.products or fastest_products()
 
     def forward(
         self, ids: Int[Tensor, "batch pos"], step: int, part: Part = WHOLE
@@ -61,7 +63,7 @@ class Cotraining(nn.Module):
         everything that this process has of the batch.
         """
         c, (world, rank) = self.config, _world()
-        with csr_products(self.sparse, WORTH_REBUILDING):
+        with csr_products(self.sparse, WORTH_REBUILDING, self.products):
             return losses(
                 self.dense,
                 self.sparse,
@@ -105,7 +107,7 @@ class Cotraining(nn.Module):
             return [Part(i, n, None) for i in range(n)]
         config, seen = self.bridges.config, []
         for ids in parts:
-            with csr_products(self.sparse, WORTH_REBUILDING):
+            with csr_products(self.sparse, WORTH_REBUILDING, self.products):
                 z, h = self.sparse.residuals(ids), self.dense.residuals(ids)
             bridged = [z[t] for t in config.sparse_sites] + [h[s] for s in config.sites]
             ordinary = [self.bridges.ordinary(s, h[s]) for s in config.sites]
@@ -193,6 +195,7 @@ def cotrain(
             f"{sparse.vocab_size}; both must share one tokenizer: set "
             "SparseGPTConfig.vocab_size to the dense model's"
         )
+    config = replace(config, train=with_products(config.train))
     accelerator = accelerator_for(config.train, accelerator)
     dense.to(accelerator.device)
     module = Cotraining(dense, sparse, bridges, config).to(accelerator.device)

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 from jaxtyping import Int
 from torch import Tensor
+
+from sparse.ops.csr_linear import Products
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,6 +57,11 @@ class TrainConfig:
     """Whether each process holds only its share of the parameters, gradients and moments (FSDP2).
     The parameters are gathered for every pass. The results are those of a run without sharding, up
     to rounding."""
+    products: Products | None = None
+    """Which library computes the products with sparse weights on a CPU. None: a new run takes
+    `fastest_products()`, a resumed one what its checkpoint names (`with_products`). Either way the
+    checkpoints name it, so that a run which goes on elsewhere goes on bit for bit, or says what is
+    missing there."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "log_every", "checkpoint_every", "keep_checkpoints", "accumulate"):
@@ -65,6 +72,11 @@ class TrainConfig:
         if self.evaluate_every < 0:
             raise ValueError(
                 f"TrainConfig.evaluate_every={self.evaluate_every} must not be below 0"
+            )
+        if self.products not in (None, *get_args(Products)):
+            raise ValueError(
+                f"TrainConfig.products={self.products!r} must be one of {get_args(Products)}, or "
+                "None"
             )
 
 

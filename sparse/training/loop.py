@@ -20,7 +20,7 @@ from sparse.ops.seeds import seed_of
 from .config import BatchSource, TrainConfig
 from .groups import Group, decay_, scale_
 from .processes import Abandoned, Interrupted, StopRequest, accelerator_for, stop_requests
-from .run_state import RunState
+from .run_state import RunState, with_products
 from .shard import gathered, prepared
 
 
@@ -87,7 +87,7 @@ def fit(
     all stop at the next step that writes a line of the log. A signal during the last step raises
     nothing, since the run is complete then.
     """
-    accelerator = accelerator_for(config, accelerator)
+    config, accelerator = with_products(config), accelerator_for(config, accelerator)
     with prepared(module, accelerator, config.shard) as wrapped:
         groups: list[Group] = module.groups()  # pyright: ignore[reportCallIssue]
         adam = [{"params": list(g.params.values()), "betas": g.betas, "eps": g.eps} for g in groups]

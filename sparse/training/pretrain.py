@@ -50,7 +50,7 @@ Two variants are not offered: floors that exceed the budget, and weights held in
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 from accelerate import Accelerator
@@ -59,13 +59,14 @@ from torch import Tensor, nn
 
 from sparse.model.gpt import SparseGPT
 from sparse.model.modes import mode
-from sparse.ops.csr_linear import WORTH_REBUILDING, csr_products
+from sparse.ops.csr_linear import WORTH_REBUILDING, Products, csr_products, fastest_products
 
 from .config import BatchSource, TrainConfig
 from .groups import Group, warmup_decay
 from .heldout import _cross_entropy, heldout_nats
 from .loop import fit
 from .processes import accelerator_for
+from .run_state import with_products
 from .sparsity import Sparsifier, SparsityConfig, decayed_names
 
 
@@ -126,10 +127,11 @@ class Pretraining(nn.Module):
         super().__init__()
         self.model, self.config = model, config
         self.sparsifier = Sparsifier(model, config.sparsity, config.train.steps)
+        self.products: Products = config.train.products or fastest_products()
 
     def forward(self, ids: Int[Tensor, "batch pos"], step: int) -> dict[str, Tensor]:
         """Return {"ce": nats per token, mean over the pos - 1 predicted positions}."""
-        with csr_products(self.model, WORTH_REBUILDING):
+        with csr_products(self.model, WORTH_REBUILDING, self.products):
             return {"ce": _cross_entropy(self.model, ids, "mean")}
 
     def lr(self, step: int) -> float:
@@ -187,6 +189,7 @@ def pretrain(
     >>> list(scores)  # nats per token on held-out text
     ['ce']
     """
+    config = replace(config, train=with_products(config.train))
     accelerator = accelerator_for(config.train, accelerator)
     module = Pretraining(model.to(accelerator.device), config)  # pyright: ignore[reportArgumentType]
     validation = list(validation)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from math import isfinite
 from pathlib import Path
 from time import monotonic
@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from sparse.ops.csr_linear import fastest_products
 from sparse.storage.atomic import replace_files
 from sparse.storage.checkpoint import read_folder, remove_folder, steps_saved, write_folder
 
@@ -25,6 +26,27 @@ from .shard import split_like, whole
 # and gradients are those of the joint batch, however it is shared among processes.
 FREE = {"folder", "log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints"}
 FREE |= {"processes", "shard"}
+# What runs did whose checkpoints do not name a field, because they are older than it.
+BEFORE = {"products": "scipy"}
+
+
+def with_products(config: TrainConfig) -> TrainConfig:
+    """Return `config` with its `products` decided: as given, as resumed, or the fastest here.
+
+    What a run computes with is chosen once, when it starts, and read from its newest checkpoint
+    when it resumes. A checkpoint made before there was a choice stands for "scipy".
+
+    >>> from sparse import TrainConfig, with_products
+    >>> with_products(TrainConfig(steps=1, folder="runs/new")).products in ("mkl", "scipy")
+    True
+    """
+    if config.products is not None:
+        return config
+    saved = steps_saved(Path(config.folder) / "checkpoints")
+    if not saved:
+        return replace(config, products=fastest_products())
+    _, state = read_folder(saved[-1])
+    return replace(config, products=(BEFORE | state["identity"])["products"])
 
 
 class RunState:
@@ -203,7 +225,7 @@ class RunState:
         return not lines or any(line["step"] == step and "loss/total" not in line for line in lines)
 
     def _same_run(self, saved: dict, folder: Path) -> None:
-        mine = self.identity
+        mine, saved = self.identity, BEFORE | saved
         differ = [k for k in sorted(saved.keys() | mine.keys()) if saved.get(k) != mine.get(k)]
         if differ := [k for k in differ if k not in FREE]:
             changes = "; ".join(f"{k}: {saved.get(k)} there, {mine.get(k)} here" for k in differ)

@@ -1,6 +1,7 @@
 import copy
 import inspect
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from bridges.training.cotrain import Cotraining, cotrain
 from bridges.training.objective import WHOLE, losses
 from bridges.training.validate import calibrate, validate
 from dense import DenseModel
+from sparse.ops.csr_linear import csr_products
+from sparse.storage.checkpoint import steps_saved
 from sparse.text.batches import Batches
 from sparse.training.config import TrainConfig
 from sparse.training.loop import fit
@@ -320,6 +323,34 @@ def test_resuming_with_other_models_or_settings_is_refused(
         cotrain(dense, sparse, bridges, batches, changed)
     with pytest.raises(ValueError, match="belongs to another run .dense: "):
         cotrain(build.dense(seed=9), sparse, bridges, batches, make(tmp_path, steps=2))
+
+
+def test_a_resumed_co_training_computes_with_the_products_of_its_checkpoint(
+    dense, build, batches, tmp_path, monkeypatch
+):
+    used = []
+    monkeypatch.setattr("sparse.training.run_state.fastest_products", lambda: "scipy")
+
+    def seen(model, min_entries, products):
+        used.append(products)
+        return csr_products(model, min_entries, products)
+
+    monkeypatch.setattr("bridges.training.cotrain.csr_products", seen)
+
+    def run(folder, products):
+        config = make(folder, steps=2)
+        train = replace(config.train, checkpoint_every=1, products=products)
+        sparse = build.sparse()
+        maps = BridgeSet(BridgeConfig.between(dense, sparse, k=7), seed=1)
+        batches.load_state_dict(batches.state_dict() | {"step": 0})
+        cotrain(dense, sparse, maps, batches, replace(config, train=train))
+
+    run(tmp_path / "cut", "dense")
+    shutil.rmtree(steps_saved(tmp_path / "cut" / "checkpoints")[-1])
+    run(tmp_path / "cut", None)
+    assert used == ["dense"] * 3
+    run(tmp_path / "new", None)
+    assert used[3:] == ["scipy"] * 2  # control: what a new run takes
 
 
 def logged(folder):

@@ -1,12 +1,18 @@
 from copy import deepcopy
+from typing import get_args
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sparse.ops.csr_linear import csr_products
+from sparse.ops import csr_linear
+from sparse.ops.csr_linear import Products, csr_products, fastest_products
 
+COMPRESSED = [
+    "scipy",
+    pytest.param("mkl", marks=pytest.mark.skipif(fastest_products() != "mkl", reason="no MKL")),
+]
 EXACT = {torch.float32: 1e-6, torch.float64: 1e-14}  # rounding of sums of about 10 terms
 
 
@@ -38,11 +44,14 @@ def close(a, b, tolerance):
 @pytest.mark.parametrize("dtype", EXACT)
 @pytest.mark.parametrize("shape", [(64,), (1, 64), (3, 7, 64), (0, 64), (2, 300, 64)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_output_and_gradients_are_those_of_the_dense_product(dtype, shape, bias):
+@pytest.mark.parametrize("products", COMPRESSED)
+def test_output_and_gradients_are_those_of_the_dense_product(dtype, shape, bias, products):
     layer = sparse_linear(bias=bias, dtype=dtype)
     x, g = torch.randn(shape, dtype=dtype), torch.randn(*shape[:-1], 40, dtype=dtype)
+    x[..., ::7], g[..., 2:5] = 1.0, 0.0  # ties, and zeros of both signs
+    x[..., 1::7] *= 0.0
     want = run(layer, x, g)
-    with csr_products(layer) as names:
+    with csr_products(layer, products=products) as names:
         got = run(layer, x, g)
     assert names == ("",) and is_compressed(got[0]) and not is_compressed(want[0])
     for a, b in zip(got, want, strict=True):
@@ -50,22 +59,57 @@ def test_output_and_gradients_are_those_of_the_dense_product(dtype, shape, bias)
         assert b.numel() == 0 or close(a, b, EXACT[dtype])
 
 
-def test_control_another_weight_in_one_place_is_seen():
+@pytest.mark.parametrize("products", COMPRESSED)
+def test_control_another_weight_in_one_place_is_seen(products):
     layer, x = sparse_linear(), torch.randn(9, 64)
     other = deepcopy(layer)
     with torch.no_grad():
         i, j = other.weight.nonzero()[7]
         other.weight[i, j] *= 1.0001
-    with torch.no_grad(), csr_products(other):
+    with torch.no_grad(), csr_products(other, products=products):
         y = other(x)
     assert not close(y, layer(x), EXACT[torch.float32]) and close(y, layer(x), 1e-3)
 
 
-def test_the_gradient_is_the_derivative():
+@pytest.mark.parametrize("products", COMPRESSED)
+def test_the_gradient_is_the_derivative(products):
     layer = sparse_linear(out=5, width=6, density=0.11, dtype=torch.float64)
     x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
-    with csr_products(layer) as names:
+    with csr_products(layer, products=products) as names:
         assert names and torch.autograd.gradcheck(layer, (x,))
+
+
+@pytest.mark.parametrize("products", COMPRESSED)
+def test_a_weight_of_zeros_alone_gives_the_bias_and_the_whole_gradient(products):
+    layer, x, g = sparse_linear(), torch.randn(5, 64), torch.randn(5, 40)
+    nn.init.zeros_(layer.weight)
+    want = run(layer, x, g)
+    with csr_products(layer, products=products) as names:
+        got = run(layer, x, g)
+    assert names == ("",) and want[2].abs().min() > 0
+    for a, b in zip(got, want, strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=1e-5)
+
+
+def test_dense_products_compress_nothing():
+    layer, x, g = sparse_linear(), torch.randn(5, 64), torch.randn(5, 40)
+    with csr_products(layer, products="dense") as names:
+        got = run(layer, x, g)
+    assert names == () and all(map(torch.equal, got, run(layer, x, g)))
+
+
+def test_a_torch_without_the_libraries_takes_scipy_and_refuses_mkl_by_name(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert fastest_products() == "scipy"
+    with pytest.raises(ValueError, match='"mkl", but this torch .* take "scipy" or "dense"'):
+        with csr_products(sparse_linear(), products="mkl"):
+            pass
+    with csr_products(nn.Linear(8, 8), products="mkl") as names:  # control: none is sparse
+        assert names == ()
+
+
+def test_every_compressed_kind_of_products_has_its_library():
+    assert {*csr_linear._LIBRARIES, "dense"} == {*get_args(Products)}
 
 
 def test_only_sparse_weights_of_linears_are_compressed():
@@ -162,11 +206,12 @@ def test_nothing_is_left_behind_and_hooks_see_what_the_layer_gives():
     assert torch.equal(layer(x), want) and not is_compressed(layer(x))
 
 
-def test_the_same_product_twice_has_the_same_bits():
+@pytest.mark.parametrize("products", COMPRESSED)
+def test_the_same_product_twice_has_the_same_bits(products):
     layer, x, g = sparse_linear(200, 300, 0.05), torch.randn(700, 300), torch.randn(700, 200)
     runs = []
     for _ in range(2):
-        with csr_products(layer):
+        with csr_products(layer, products=products):
             runs.append(run(layer, x.clone(), g.clone()))
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
@@ -181,7 +226,8 @@ def test_a_tied_weight_and_another_way_of_calling_are_found():
             layer(torch.randn(5, 63))
 
 
-def test_a_whole_model_gives_the_same_losses_and_gradients(small):
+@pytest.mark.parametrize("products", COMPRESSED)
+def test_a_whole_model_gives_the_same_losses_and_gradients(small, products):
     with torch.no_grad():
         for module in small.modules():
             if isinstance(module, nn.Linear):
@@ -190,7 +236,7 @@ def test_a_whole_model_gives_the_same_losses_and_gradients(small):
     results = []
     for model in (small, deepcopy(small)):
         if model is small:
-            with csr_products(model) as names:
+            with csr_products(model, products=products) as names:
                 loss = model(ids, labels=ids).loss
             assert len(names) == 9 and "lm_head" in names
         else:

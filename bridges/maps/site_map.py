@@ -20,12 +20,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from bridges.protocol import ResidualModel
+from dense.outlying import TIMES, limit_of
 
 
 def even_sites(n_dense: int, n_sparse: int) -> dict[int, int]:
@@ -81,6 +83,7 @@ def fit_sites(
     heldout: Iterable[Int[Tensor, "_ _"]] | None = None,
     *,
     ridge: float = 1e-4,
+    outlying: float = TIMES,
     device: torch.device | str = "cpu",
 ) -> SiteFit:
     """Return the strictly monotone map of sites with the lowest total cost, exactly.
@@ -90,6 +93,9 @@ def fit_sites(
     their cost is measured on `heldout`, which should be other text. Without `heldout` it is
     measured on `batches`, which favours sites that are wide or have many directions. Use this on a
     sparse model that has been trained: at random weights the fit says little.
+
+    Tokens whose dense residual is `outlying` times as long as the median of a site in the first
+    batch, at any site, are left out, as bridges leave them out (`BridgeConfig.outlying`); 0: none.
 
     Any amount of text takes the same memory: 8 bytes for each pair of a dense and a sparse channel
     at any sites (3.9 GB between 25 sites of 768 and 25 of 1,024), twice that with `heldout`. A
@@ -104,8 +110,8 @@ def fit_sites(
     >>> fit.sites, fit.total <= fit.even_total
     ({0: 0, 1: 1, 2: 2, 3: 3, 4: 4}, True)
     """
-    fitted, origin = _sums(dense, sparse, batches, device, None)
-    seen = fitted if heldout is None else _sums(dense, sparse, heldout, device, origin)[0]
+    fitted, frame = _sums(dense, sparse, batches, device, outlying)
+    seen = fitted if heldout is None else _sums(dense, sparse, heldout, device, frame)[0]
     encoder = _unexplained(fitted, seen, ridge, "dense")
     decoder = _unexplained(fitted.swapped(), seen.swapped(), ridge, "sparse").T
     cost, even = encoder + decoder, even_sites(dense.n_sites, sparse.n_sites)
@@ -194,27 +200,48 @@ def _outer(a: Tensor, b: Tensor) -> Tensor:
     return torch.tensordot(a, b, dims=0)
 
 
+class _Frame(NamedTuple):
+    """What the first batch decides for all others."""
+
+    limits: Float[Tensor, "site 1"]
+    """Lengths of the dense residuals of each site above which a token is outlying."""
+    origins: tuple[Tensor, Tensor]
+    """Points near the mean of each site (site 1 d), dense and sparse."""
+
+    def ordinary(self, x: Float[Tensor, "site token d"]) -> Bool[Tensor, " token"]:
+        """Return which tokens are outlying at no site."""
+        return (x.norm(dim=-1) <= self.limits).all(0)
+
+
+def _frame(x: Tensor, y: Tensor, outlying: float) -> _Frame:
+    limits = x.new_tensor([[limit_of(h, outlying)] for h in x])
+    keep = _Frame(limits, (x, y)).ordinary(x)
+    return _Frame(limits, (x[:, keep].mean(1, keepdim=True), y[:, keep].mean(1, keepdim=True)))
+
+
 def _sums(
     dense: ResidualModel,
     sparse: ResidualModel,
     batches: Iterable[Tensor],
     device: torch.device | str,
-    origin: tuple[Tensor, Tensor] | None,
-) -> tuple[_Sums, tuple[Tensor, Tensor]]:
+    frame: _Frame | float,
+) -> tuple[_Sums, _Frame]:
+    """Return the sums over the batches and their frame; a number is m, of which one is made."""
     sums = None
     for ids in batches:
         models, ids = (dense, sparse), ids.to(device)
         x, y = (torch.stack(m.residuals(ids)).flatten(1, 2).double() for m in models)
-        if origin is None:
-            origin = x.mean(1, keepdim=True), y.mean(1, keepdim=True)
+        if not isinstance(frame, _Frame):
+            frame = _frame(x, y, frame)
         if sums is None:
             (a, _, b), (c, _, d) = x.shape, y.shape
             shapes = (a, b), (c, d), (a, b, b), (c, d, d), (a, b, c, d)
             sums = _Sums(0, *(x.new_zeros(shape) for shape in shapes))
-        sums.add(x - origin[0], y - origin[1])
-    if sums is None or origin is None:
+        keep = frame.ordinary(x)
+        sums.add((x - frame.origins[0])[:, keep], (y - frame.origins[1])[:, keep])
+    if sums is None or not isinstance(frame, _Frame):
         raise ValueError("fit_sites: no batch of text; give some, as a list if they are used again")
-    return sums, origin
+    return sums, frame
 
 
 def _unexplained(fitted: _Sums, seen: _Sums, ridge: float, side: str) -> Tensor:

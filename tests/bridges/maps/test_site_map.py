@@ -149,3 +149,17 @@ def test_text_that_decides_nothing_is_refused():
         fit_sites(x, y, text(1)[:1], ridge=0.0)
     with pytest.raises(ValueError, match="or a residual is constant"):
         fit_sites(x, stub(torch.ones(2, VOCAB, 5)), text(4))
+
+
+def test_a_sink_at_one_site_changes_nothing_unless_it_is_counted():
+    dense, sparse = random(3, VOCAB, 6), random(3, VOCAB, 4, seed=1)
+    sparse[1] += dense[1] @ random(6, 4, seed=2)
+    sinking = dense.clone()
+    sinking[1, 7] *= 100
+    ids = [torch.cat([part.flatten(), torch.tensor([7])])[:, None] for part in text(400)]
+    free = [part[part != 7][:, None] for part in ids]
+    want = fit_sites(stub(dense), stub(sparse), free, outlying=0.0)
+    left_out = fit_sites(stub(sinking), stub(sparse), ids)
+    torch.testing.assert_close(left_out.cost, want.cost, atol=1e-9, rtol=0)
+    counted = fit_sites(stub(sinking), stub(sparse), ids, outlying=0.0)
+    assert (counted.decoder_fvu[1] - want.decoder_fvu[1]).abs().max() > 0.05

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .maps.bridge import BridgeConfig, BridgeSet
     from .maps.site_map import even_sites, fit_sites
     from .planted import PlantedPair, plant_pair
-    from .presets.flags import add_flags, preset_table, with_flags
+    from .presets.flags import add_flags, new_folder, positive, preset_table, with_flags
     from .presets.planned import planned
     from .presets.preset import PRESETS, Design, Preset
     from .presets.text import RunText, read_text
@@ -51,11 +51,13 @@ __all__ = [
     "even_sites",
     "find_circuits",
     "fit_sites",
+    "new_folder",
     "load_run",
     "map_circuit",
     "plan",
     "plant_pair",
     "planned",
+    "positive",
     "preset_table",
     "read_text",
     "save_run",
@@ -85,6 +87,8 @@ _HOME = {
     "PlantedPair": "planted",
     "Design": "presets.preset",
     "add_flags": "presets.flags",
+    "new_folder": "presets.flags",
+    "positive": "presets.flags",
     "preset_table": "presets.flags",
     "with_flags": "presets.flags",
     "PRESETS": "presets.preset",

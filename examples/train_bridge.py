@@ -39,10 +39,11 @@ def main() -> None:
 
 def prepare(args):
     """Meet the other processes of the launch, open the dense model, choose the preset."""
-    from bridges import PRESETS, Preset, with_flags
+    from bridges import PRESETS, Preset, choose_tasks, with_flags
     from dense import DenseModel
     from sparse import first_blocks, launched, stream_corpus
 
+    choose_tasks(args.tasks or ())  # an unknown one is told before anything is loaded
     state = launched(args.processes, args.threads)
     dense = DenseModel.from_pretrained(args.dense)
     dense.to(state.device)
@@ -74,12 +75,8 @@ def tell_plan(args, preset, dense, accelerator):
 
 
 def training(args):
-    return dict(
-        folder=args.output_dir,
-        processes=args.processes,
-        shard=args.shard,
-        products=args.products,
-    )
+    names = ("processes", "shard", "products")
+    return {"folder": args.output_dir} | {name: getattr(args, name) for name in names}
 
 
 def tell_tasks(preset, dense, accelerator) -> None:
@@ -150,37 +147,31 @@ def report(preset, run) -> None:
 
 def parse() -> argparse.Namespace:
     """What the command line says; what makes no sense is refused before anything is loaded."""
-    from bridges import PRESETS, add_flags, preset_table, with_flags
+    from bridges import PRESETS, add_flags, new_folder, positive, preset_table, with_flags
 
     shape = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(description=__doc__ + preset_table(), formatter_class=shape)
-    p.add_argument("--dense", default="tiny", help="tiny, smollm2, a name on the hub, or a folder")
-    p.add_argument("--dataset", help="file, folder or dataset name; default: Python's own sources")
-    p.add_argument("--output_dir", help="default: runs/<dense>-<preset>; tokens go beside it")
-    p.add_argument("--preset", choices=PRESETS, help="default: chosen for the model, see above")
-    p.add_argument("--plan", action="store_true", help="say what the run would take, and stop")
-    p.add_argument("--memory", type=float, help="GB of a GPU to choose for; default: this device")
-    p.add_argument("--hours", type=float, help="take as many steps as fit into so many hours")
-    p.add_argument("--compile", action="store_true", help="torch.compile both models' sublayers")
-    p.add_argument("--threads", type=int, help="CPU threads per process; default: its share")
-    p.add_argument("--processes", type=int, help="refuse to train on another number of processes")
-    p.add_argument("--shard", action="store_true", help="split the parameters among processes")
+    flag, whole, number = p.add_argument, positive(int), positive(float)
+    flag("--dense", default="tiny", help="tiny, smollm2, a name on the hub, or a folder")
+    flag("--dataset", help="file, folder or dataset name; default: Python's own sources")
+    flag(
+        "--output_dir", type=new_folder, help="default: runs/<dense>-<preset>; tokens go beside it"
+    )
+    flag("--preset", choices=PRESETS, help="default: chosen for the model, see above")
+    flag("--plan", action="store_true", help="say what the run would take, and stop")
+    flag("--memory", type=number, help="GB of a GPU to choose for; default: this device")
+    flag("--hours", type=number, help="take as many steps as fit into so many hours")
+    flag("--compile", action="store_true", help="torch.compile both models' sublayers")
+    flag("--threads", type=whole, help="CPU threads per process; default: its share")
+    flag("--processes", type=whole, help="refuse to train on another number of processes")
+    flag("--shard", action="store_true", help="split the parameters among processes")
     how = "what computes sparse products on a CPU; default: the fastest, or what the run began with"
-    p.add_argument("--products", choices=("scipy", "mkl", "dense"), help=how)
+    flag("--products", choices=("scipy", "mkl", "dense"), help=how)
     add_flags(p)
     args = p.parse_args()
-    from bridges import choose_tasks  # not for --help, which should answer at once
-
     try:
         with_flags(PRESETS[args.preset or "small"], args)
-        choose_tasks(args.tasks or ())  # an unknown one is told before anything is loaded
-        for name in ("memory", "hours", "threads", "processes"):
-            if (value := getattr(args, name)) is not None and value <= 0:
-                raise ValueError(f"--{name} {value} must be above 0")
-        for path in (Path(args.output_dir or "."), *Path(args.output_dir or ".").parents):
-            if path.is_file():
-                raise ValueError(f"--output_dir {args.output_dir}: {path} is a file; name a folder")
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         p.error(str(error))
     return args
 

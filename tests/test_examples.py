@@ -188,7 +188,7 @@ def test_a_wrong_folder_is_told_in_one_line(example, monkeypatch, tmp_path):
     [
         (["--batch", "0"], "--batch 0 must be at least 1"),
         (["--length", "1"], "--length 1 must be at least 2"),
-        (["--threads", "-1"], "--threads -1 must be at least 1"),
+        (["--threads", "-1"], "--threads: -1 must be above 0"),
         (["--expansion", "0"], "--expansion 0.0 must be above 0"),
         (["--tasks", "unheard_of"], "no task is called 'unheard_of'"),
         (["--output_dir", __file__], "is a file; name a folder"),

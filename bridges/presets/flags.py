@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 from .preset import PRESETS, QUOTES, Preset
@@ -49,6 +51,31 @@ def with_flags(preset: Preset, args: argparse.Namespace) -> Preset:
     given = {f.name: getattr(args, f.name) for f in fields(Preset)[1:]}
     given["tasks"] = None if given["tasks"] is None else tuple(given["tasks"])
     return replace(preset, **{name: x for name, x in given.items() if x is not None})
+
+
+def positive(kind: type[int] | type[float]) -> Callable[[str], int | float]:
+    """Return what reads a number above 0 from a command line.
+
+    >>> from bridges import positive
+    >>> positive(float)("0.5")
+    0.5
+    """
+
+    def number(text: str) -> int | float:
+        value = kind(text)
+        if value <= 0:
+            raise argparse.ArgumentTypeError(f"{text} must be above 0")
+        return value
+
+    return number
+
+
+def new_folder(text: str) -> str:
+    """Return the path of a folder that can be made; refuse one where a file is in the way."""
+    for path in (Path(text), *Path(text).parents):
+        if path.is_file():
+            raise argparse.ArgumentTypeError(f"{text}: {path} is a file; name a folder")
+    return text
 
 
 def site_map(text: str) -> dict[int, int]:

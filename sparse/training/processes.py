@@ -117,15 +117,14 @@ def launched(processes: int | None = None, threads: int | None = None) -> Partia
     Each process gets `threads`, by default its share of the cores; `accelerate launch` would leave
     one. Raises ValueError where there are other than the asked `processes` (`check_processes`).
 
+    >>> import torch
     >>> from sparse import launched
-    >>> launched(threads=1).num_processes
+    >>> launched(threads=torch.get_num_threads()).num_processes
     1
     """
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     check_processes(processes, state.num_processes)
     torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // state.num_processes))
-    n = torch.get_num_threads()
-    state.print(f"{state.num_processes} process(es) on {state.device}, {n} threads each")
     return state
 
 

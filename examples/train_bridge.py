@@ -45,6 +45,7 @@ def prepare(args):
 
     choose_tasks(args.tasks or ())  # an unknown one is told before anything is loaded
     state = launched(args.processes, args.threads)
+    state.print(f"{state.num_processes} process(es) on {state.device}")
     dense = DenseModel.from_pretrained(args.dense)
     dense.to(state.device)
     memory = args.memory * 1e9 if args.memory else None
@@ -154,9 +155,7 @@ def parse() -> argparse.Namespace:
     flag, whole, number = p.add_argument, positive(int), positive(float)
     flag("--dense", default="tiny", help="tiny, smollm2, a name on the hub, or a folder")
     flag("--dataset", help="file, folder or dataset name; default: Python's own sources")
-    flag(
-        "--output_dir", type=new_folder, help="default: runs/<dense>-<preset>; tokens go beside it"
-    )
+    flag("--output_dir", type=new_folder, help="default: runs/<dense>-<preset>")
     flag("--preset", choices=PRESETS, help="default: chosen for the model, see above")
     flag("--plan", action="store_true", help="say what the run would take, and stop")
     flag("--memory", type=number, help="GB of a GPU to choose for; default: this device")

@@ -71,7 +71,12 @@ def positive(kind: type[int] | type[float]) -> Callable[[str], int | float]:
 
 
 def new_folder(text: str) -> str:
-    """Return the path of a folder that can be made; refuse one where a file is in the way."""
+    """Return the path of a folder that can be made; refuse one where a file is in the way.
+
+    >>> from bridges import new_folder
+    >>> new_folder("runs/new")
+    'runs/new'
+    """
     for path in (Path(text), *Path(text).parents):
         if path.is_file():
             raise argparse.ArgumentTypeError(f"{text}: {path} is a file; name a folder")

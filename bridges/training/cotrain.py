@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from bridges.losses.moments import Moments, of_all_processes
 from bridges.maps.bridge import BridgeSet
 from bridges.protocol import FrozenModel, fingerprint
-from sparse.model.borrowed import borrowed_maps
 from sparse.model.gpt import SparseGPT
 from sparse.model.modes import mode
 from sparse.ops.csr_linear import WORTH_REBUILDING, Products, csr_products, fastest_products
@@ -121,11 +120,11 @@ class Cotraining(nn.Module):
         """Return the two parameter groups: the twin's and the bridges'.
 
         The twin is trained by the recipe of a sparse model (sharkfin, eps 0.1, decay), the bridges
-        by Adam with a small eps and no decay; so are the maps of embeddings that the twin borrows.
-        Each group's gradient is normalised by its own size, so that the width of the bridges does
-        not change the twin's step (docs/method.md#co-training-step).
+        by Adam with a small eps and no decay. Each group's gradient is normalised by its own size,
+        so that the width of the bridges does not change the twin's step
+        (docs/method.md#co-training-step).
         """
-        c, steps, maps = self.config, self.config.train.steps, borrowed_maps(self.sparse)
+        c, steps = self.config, self.config.train.steps
         sharkfin = self.sparsifier.anneal.lr_scale
 
         def lr(t: int) -> float:
@@ -137,14 +136,14 @@ class Cotraining(nn.Module):
         return [
             Group(
                 name="sparse",
-                params={n: p for n, p in self.sparse.named_parameters() if n not in maps},
+                params=dict(self.sparse.named_parameters()),
                 lr=lr,
                 weight_decay=c.weight_decay,
                 decayed=decayed_names(self.sparse),
             ),
             Group(
                 name="bridges",
-                params=dict(self.bridges.named_parameters()) | maps,
+                params=dict(self.bridges.named_parameters()),
                 lr=bridge_lr,
                 betas=(0.9, 0.95),
                 eps=1e-8,

@@ -5,11 +5,9 @@
 E is the other model's embedding or unembedding, one row a token, and |X| the root mean square of
 the lengths of X's rows. So a row of T has a length of about 1, whatever model it is from. Without
 its mean nothing is lost: in z_0 it is a constant, and in the logits it adds the same number to all.
-T is frozen. The maps are trained; they are neither projected nor decayed, since they belong to no
-circuit, and in co-training they learn as bridges do, which they resemble. M_in starts at
-N(0, 0.3^2)
-and so do the entries of z_0, since the bridges' encoders start at that size too. With a start at
-0.02, as of other weights, a twin learned much more slowly (NOTES.md).
+The maps are trained and projected as embeddings are; T is neither. M_in starts at N(0, 0.3^2), and
+so do the entries of z_0: the bridges' encoders start at that size too. With a start at 0.02, as of
+other weights, a twin learned much more slowly (docs/smollm2.md).
 """
 
 from __future__ import annotations
@@ -69,14 +67,6 @@ class BorrowedUnembedding(nn.Module):
     def weight(self) -> Float[Tensor, "vocab d_resid"]:
         """The unembedding that table and map amount to."""
         return self.table @ self.map.weight
-
-
-def borrowed_maps(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return M_in and M_out of a model by their names; an empty dict where nothing is borrowed."""
-    parts = (BorrowedEmbedding, BorrowedUnembedding)
-    named = model.named_modules()
-    found = {name: m.map for name, m in named if isinstance(m, parts)}
-    return {f"{name}.map.weight": m.get_parameter("weight") for name, m in found.items()}
 
 
 @torch.no_grad()

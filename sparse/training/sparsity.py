@@ -14,7 +14,6 @@ from typing import Literal
 from torch import nn
 
 from sparse.model.blocks import MLP, Attention
-from sparse.model.borrowed import borrowed_maps
 from sparse.model.gpt import SparseGPT
 from sparse.ops.project import project_
 
@@ -170,8 +169,8 @@ def budgets(model: SparseGPT, config: SparsityConfig) -> list[Budget]:
         elif isinstance(module, MLP):
             plan[id(module.fc.weight)] = (False, config.floor, 0)
             plan[id(module.proj.weight)] = (False, config.floor, 1)
-    if not model.config.embedding_width:  # the maps of borrowed ones stay dense
-        plan[id(model.model.wte.weight)] = plan[id(model.lm_head.weight)] = (True, 0, 0)
+    for p in (*model.model.wte.parameters(), *model.lm_head.parameters()):
+        plan[id(p)] = (True, 0, 0)
     if model.model.wpe is not None:
         plan[id(model.model.wpe.weight)] = (False, 0, 0)
     if config.floor_axis == "rows":
@@ -240,7 +239,7 @@ def decayed_names(model: SparseGPT) -> frozenset[str]:
     """Return the names of the parameters to which the recipe applies weight decay.
 
     They are the parameters with two axes, except the bigram table
-    (docs/method.md#the-training-step) and the maps of borrowed embeddings.
+    (docs/method.md#the-training-step).
     """
-    named, spared = model.named_parameters(), {"bigram", *borrowed_maps(model)}
-    return frozenset(name for name, p in named if p.ndim > 1 and name not in spared)
+    named = model.named_parameters()
+    return frozenset(name for name, p in named if p.ndim > 1 and name != "bigram")

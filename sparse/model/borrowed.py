@@ -7,7 +7,7 @@ the lengths of X's rows. So a row of T has a length of about 1, whatever model i
 its mean nothing is lost: in z_0 it is a constant, and in the logits it adds the same number to all.
 The maps are trained and projected as embeddings are; T is neither. M_in starts at N(0, 0.3^2), and
 so do the entries of z_0: the bridges' encoders start at that size too. With a start at 0.02, as of
-other weights, a twin learned much more slowly (docs/smollm2.md).
+other weights, a twin learned much more slowly (NOTES.md).
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ def planned(
     >>> from dense import tiny
     >>> preset, plan = planned(Preset.for_model(tiny()), tiny())
     >>> plan.line()
-    '500 steps, 1.0 M tokens, 0.296 GB of memory predicted'
+    '500 steps, 1.0 M tokens, 0.288 GB of memory predicted'
     """
     design = preset.build(dense, folder, **train)  # the measurement changes it
     times: dict[str, Any] = {}

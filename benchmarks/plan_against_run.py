@@ -46,7 +46,7 @@ DESIGNS = {  # the dense model, and the preset
     "gpt2-20m": (gpt2_of_20m, replace(PRESETS["cpu"], steps=40)),
     "smollm2": (
         lambda: DenseModel.from_pretrained("smollm2"),
-        replace(PRESETS["cpu"], steps=60),
+        replace(PRESETS["cpu"], steps=20),
     ),
 }
 

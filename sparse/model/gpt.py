@@ -177,9 +177,11 @@ class SparseGPT(ResidualAccess, GenerationMixin):
         given = {tuple(rows.shape) for rows in (embedding, unembedding) if rows is not None}
         if not c.embedding_width or tied != c.tie_word_embeddings or given != {want}:
             raise ValueError(
-                f"SparseGPT.borrow_: rows of {sorted(given)}, {'one table' if tied else 'two'}; "
-                f"embedding_width={c.embedding_width}, vocab_size={c.vocab_size} and "
-                f"tie_word_embeddings={c.tie_word_embeddings} ask for other ones"
+                f"SparseGPT.borrow_: got {'one table' if tied else 'two tables'} of shape "
+                f"{sorted(given)}, but the config asks for "
+                f"{'one' if c.tie_word_embeddings else 'two'} of {want} (vocab_size, "
+                "embedding_width; 0: none; tie_word_embeddings: one); make the model with the "
+                "config of these tables"
             )
         self.model.get_buffer("wte.table").copy_(normed_table(embedding))
         if unembedding is not None:

@@ -102,10 +102,10 @@ def test_tables_that_are_tied_stay_one_after_a_move():
 def test_rows_that_do_not_fit_are_refused(tables):
     model = borrowing(True)
     before = model.fingerprint()
-    with pytest.raises(ValueError, match=r"borrow_: rows .* embedding_width=24, vocab_size=50"):
+    with pytest.raises(ValueError, match=r"borrow_: got .* asks for one of \(50, 24\)"):
         model.borrow_(*tables)
     assert model.fingerprint() == before
-    with pytest.raises(ValueError, match="embedding_width=0"):
+    with pytest.raises(ValueError, match=r"asks for two of \(50, 0\)"):
         SparseGPT(shape()).borrow_(rows())
     with pytest.raises(ValueError, match="embedding_width=-1 must be an integer, 0 or more"):
         shape(embedding_width=-1)

@@ -2,7 +2,7 @@
 
     seconds = steps * (a step on tau) + losses * (the loss of one circuit on the validation split)
 
-    losses <= 2 (log2(nodes) + 1) + window + n_trials + 12
+    losses <= 2 (ceil(log2(nodes)) + 1) + window + n_trials + 12
 
 The losses are those of the search for the size, of the sizes below it, of the clean-up, and those
 that the circuit is saved with: four cases on three splits.
@@ -27,6 +27,8 @@ from sparse.tasks.batch import TaskBatch
 
 TIMED = 2
 """Steps that are timed, after a first one that warms up."""
+SAVED = 12
+"""Losses that a circuit is saved with: of four cases on three splits."""
 
 
 def prune_seconds(
@@ -63,7 +65,16 @@ def prune_seconds(
             begun = perf_counter()
             circuit_logits(sparse, chooser, everything, zero).sum().item()
             loss = perf_counter() - begun
-    n_nodes = sum(sparse.node_widths().values())
-    n_losses = 2 * (math.log2(n_nodes) + 1) + config.window + 12
-    n_losses += config.n_trials if config.clean_up else 0
-    return config.n_steps * step + n_losses * loss
+    return config.n_steps * step + most_losses(sum(sparse.node_widths().values()), config) * loss
+
+
+def most_losses(n_nodes: int, config: PruneConfig) -> int:
+    """Return how often `prune` measures the loss of a circuit at most, for a model of `n_nodes`.
+
+    >>> from bridges.cost.prune_time import most_losses
+    >>> from sparse import PruneConfig
+    >>> most_losses(1024, PruneConfig(window=12, n_trials=200))
+    246
+    """
+    trials = config.n_trials if config.clean_up else 0
+    return 2 * (math.ceil(math.log2(n_nodes)) + 1) + config.window + trials + SAVED

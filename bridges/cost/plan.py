@@ -75,7 +75,8 @@ class Plan:
     disk: dict[str, int]
     """Bytes on disk, by part."""
     validated: float = 0.0
-    """Training tokens that would take as long as all evaluations (`validation_sequences`)."""
+    """Training tokens that would take as long as calibration and all evaluations
+    (`validation_sequences`)."""
     unknown: tuple[str, ...] = ()
     """What could not be counted, and why."""
     step_time: StepTime | None = None
@@ -261,11 +262,16 @@ def _disk(
 
 
 def _validated(bridges: BridgeSet, config: CotrainConfig, batch: int, length: int) -> float:
-    """Return how many training tokens would take as long as all evaluations of a run."""
+    """Return how many training tokens would take as long as calibration and all evaluations.
+
+    Calibration is a pass of the dense model alone, of the 2 + S that an evaluation takes.
+    """
     n, train = len(bridges.config.sites), config.train
+    cost, of_batch = validation_cost(config, n), batch * length
+    calibrated = -(-config.calibration_tokens // of_batch) * of_batch * cost / (2 + n)
     every = train.evaluate_every or train.steps
     sequences = min(HELD_OUT, validation_sequences(config, n, batch))
-    return -(-train.steps // every) * sequences * length * validation_cost(config, n)
+    return -(-train.steps // every) * sequences * length * cost + calibrated
 
 
 def _gradients(parameters: int, shards: int) -> dict[str, int]:
